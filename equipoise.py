@@ -1,0 +1,85 @@
+"""The command line: `equipoise train|mine|evaluate CONFIG [key=value ...]`. Parses first, imports torch later."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# job -> (module that holds the config class, class, module that holds the function of the same command)
+JOBS = {
+    "train": {
+        "rl": ("rl.config", "RLConfig", "rl.train"),
+        "mbpo": ("offline.config", "MBPOConfig", "offline.hybrid"),
+        "preference": ("offline.config", "PreferenceConfig", "offline.train"),
+        "compare": ("offline.config", "CompareConfig", "offline.compare"),
+    },
+    "mine": {"mine": ("offline.config", "MineConfig", "offline.mine")},
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="equipoise", description="Train vision-language models to answer from what they see."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text in (
+        ("train", "train with the method the config names (job: rl, mbpo, preference or compare)"),
+        ("mine", "mine hard-negative preference pairs (job: mine); run again to resume"),
+        ("evaluate", "answer the held-out suites of a training config and print accuracies"),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("config", type=Path, help="a YAML file, see configs/")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1 learner.zero_stage=2")
+        command.add_argument("--dry-run", action="store_true", help="check config, data and placement; start nothing")
+        if name == "train":
+            command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    sys.path.insert(0, os.getcwd())  # modules a config names, such as `prepare`, lie in the user's project
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return run(options)
+    except ValueError as error:  # what a user can mend: a message, not a traceback
+        print(f"equipoise: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("equipoise: interrupted", file=sys.stderr)
+        return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    from rl.config import load
+
+    jobs = JOBS["mine" if options.command == "mine" else "train"]
+    kinds = {job: getattr(importlib.import_module(module), name) for job, (module, name, _) in jobs.items()}
+    config = load(options.config, options.overrides, kinds)
+    if options.dry_run:
+        from offline.check import check
+
+        check(config)
+    elif options.command == "evaluate":
+        from offline.check import evaluate_only
+
+        evaluate_only(config)
+    elif options.command == "mine":
+        importlib.import_module(jobs[config.job][2]).mine(config)
+    else:
+        summary = importlib.import_module(jobs[config.job][2]).train(config, resume=options.resume)
+        return 143 if summary.stopped_at else 0
+    return 0
+
+
+def interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Tinted handwritten digits, and a small vision-language model that answers from its prior instead of looking."""

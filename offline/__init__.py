@@ -1,0 +1,1 @@
+"""Learning from preferences: a chosen answer against named rejected ones."""

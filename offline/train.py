@@ -1,0 +1,43 @@
+"""Offline preference training: the online step with another first half, `next preferences -> collate -> annotate -> update`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from offline.batch import collate_preferences
+from offline.config import PreferenceConfig
+from offline.preferences import Preference, load_preferences
+from rl.learner import AnyLearner, Metrics, Part
+from rl.log import Clock
+from rl.session import Summary, session
+from rollout.prompts import Cursor, fingerprint
+from rollout.render import Renderer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """The parts a step is made of."""
+
+    config: PreferenceConfig
+    preferences: Cursor[Preference]
+    renderer: Renderer
+    learner: AnyLearner
+    clock: Clock
+
+
+def train_step(run: Run, step: int) -> Metrics:
+    """Preferences in, one weight update out."""
+    preferences = run.preferences.next()  # [P]
+    with run.clock("learn"):
+        batch = collate_preferences(preferences, run.renderer, beta=run.config.loss.beta)
+        batch = replace(batch, reference_logprobs=run.learner.reference_logprobs(batch.rows))
+        return run.learner.update(Part(name="offline", batch=batch, loss=run.config.loss))
+
+
+def train(config: PreferenceConfig, *, resume: bool = False) -> Summary:
+    """The whole offline run. Neither Ray nor vLLM is imported unless the config asks for them."""
+    preferences = load_preferences(config.pairs, on_bad_rows=config.on_bad_rows, limits=config.pixels)
+    cursor = Cursor(preferences, config.per_step, config.seed)
+    with session(config, {"preferences": cursor}, fingerprint(preferences), needs_reference=True, resume=resume) as s:
+        run = Run(config=config, preferences=cursor, renderer=s.renderer, learner=s.learner, clock=s.clock)
+        return s.run(lambda step: train_step(run, step))

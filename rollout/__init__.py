@@ -1,0 +1,1 @@
+"""Answering: prompts go in, groups of samples come out."""

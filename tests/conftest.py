@@ -1,0 +1,91 @@
+"""Shared by every test: one tiny model on disk, its renderer, a few real pictures; and no leaks between tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import psutil
+import pytest
+import torch
+
+from examples.colored_digits.model import build
+from rl.batch import Rows
+from rl.policy import Model, Policy
+from rollout.render import Renderer
+from rollout.types import Image, Message, Prompt
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2.5-VL of 0.4 M parameters as a checkpoint folder."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    model, processor = build(hidden_size=64, text_layers=2, vision_layers=1, seed=1)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def renderer(tiny_model: Path) -> Renderer:
+    return Renderer.load(tiny_model)
+
+
+@pytest.fixture
+def policy(tiny_model: Path, renderer: Renderer) -> Policy:
+    config = Model(path=str(tiny_model), dtype="float32")
+    return Policy(config.load(), config, renderer.placeholder_token_ids)
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
+    """Six prompts: pictures of three sizes, and one without a picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    made = []
+    for index, (width, height) in enumerate([(56, 56), (84, 56), (56, 84), (56, 56), (112, 112)]):
+        path = folder / f"{index}.png"
+        PIL.Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
+        made.append(question(f"picture-{index}", "what color is the " + "very " * index + "digit?", path))
+    return [*made, question("text", "what color is the seven?", None)]
+
+
+def question(name: str, text: str, picture: Path | None, answer: str = "red") -> Prompt:
+    images = (Image(path=picture),) if picture else ()
+    return Prompt(id=name, messages=(Message(role="user", text=text, images=images),), answer=answer, kind="exact")
+
+
+@pytest.fixture(scope="session")
+def rows(prompts: list[Prompt], renderer: Renderer) -> Rows:
+    """Six contexts with 1 to 5 answers of 1 to 7 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    contexts = [renderer.render(prompt) for prompt in prompts]
+    branches = []
+    for index in range(len(prompts)):
+        lengths = torch.randint(1, 8, (1 + index % 5,), generator=generator).tolist()
+        branches.append(tuple(torch.randint(10, 200, (length,), generator=generator) for length in lengths))
+    return Rows(
+        context_ids=tuple(torch.tensor(context.token_ids) for context in contexts),
+        vision=tuple(context.vision for context in contexts),
+        branch_ids=tuple(branches),
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that leaves an environment variable, a process group or (unless slow) a child process behind fails."""
+    environment = dict(os.environ)
+    children = set(psutil.Process().children(recursive=True))
+    yield
+    changed = {key for key in {**environment, **os.environ} if environment.get(key) != os.environ.get(key)}
+    changed -= {"PYTEST_CURRENT_TEST"}
+    assert not changed, f"environment variables changed: {sorted(changed)}"
+    assert not torch.distributed.is_initialized(), "a process group was left open"
+    if "slow" not in request.keywords:
+        left = [p for p in psutil.Process().children(recursive=True) if p not in children and p.is_running()]
+        assert not left, f"child processes were left running: {left}"
