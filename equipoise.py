@@ -57,16 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     from rl.config import load
+    from rl.session import prepare
 
     jobs = JOBS["mine" if options.command == "mine" else "train"]
     kinds = {job: getattr(importlib.import_module(module), name) for job, (module, name, _) in jobs.items()}
     config = load(options.config, options.overrides, kinds)
+    prepare(config.prepare)
     if options.dry_run:
         from offline.check import check
 
         check(config)
     elif options.command == "evaluate":
-        from offline.check import evaluate_only
+        from rl.session import evaluate_only
 
         evaluate_only(config)
     elif options.command == "mine":

@@ -20,7 +20,11 @@ from rl.evaluate import Suite
 from rl.log import Clock
 from rl.session import Summary, prepare
 
-TRAINING_JOBS = {"rl": RLConfig, "mbpo": MBPOConfig, "preference": PreferenceConfig}
+TRAINING_JOBS: dict[str, type[RLConfig | PreferenceConfig]] = {
+    "rl": RLConfig,
+    "mbpo": MBPOConfig,
+    "preference": PreferenceConfig,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +58,8 @@ def load_members(config: CompareConfig) -> dict[str, RLConfig | PreferenceConfig
     """The configs of the runs, all read before the first one starts, with the comparison's seed and cluster."""
     members: dict[str, RLConfig | PreferenceConfig] = {}
     for name, path in config.runs.items():
-        member = replace(load(path, [], TRAINING_JOBS), name=f"{config.name}/{name}", seed=config.seed)
+        loaded: RLConfig | PreferenceConfig = load(path, [], TRAINING_JOBS)
+        member = replace(loaded, name=f"{config.name}/{name}", seed=config.seed)
         members[name] = replace(member, cluster=config.cluster) if isinstance(member, RLConfig) else member
     return members
 

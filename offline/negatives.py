@@ -42,7 +42,7 @@ class PGD:
             )
 
 
-class AnswerAttack(Attack):  # type: ignore[misc]
+class AnswerAttack(Attack):
     """PGD on the pictures of several prompts at once, one packed forward per step.
 
     Untargeted, it lowers the log-prob of the answers it is given; after `set_mode_targeted_by_label` it raises it.

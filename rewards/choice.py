@@ -8,8 +8,9 @@ from functools import partial
 from string import ascii_uppercase
 
 from rewards.base import Verdict
+from rewards.characters import plain
 from rewards.claims import Mention, settle
-from rewards.parse import Reading, found, judge, missing, plain, quote
+from rewards.parse import Reading, found, judge, missing, quote
 from rewards.text import normalised
 
 ONLY_A_LETTER = re.compile(r"[\s\"'(\[<]*([A-Za-z])[\s\"')\]>.,:;!]*")
@@ -26,13 +27,13 @@ CUE = re.compile(
 )
 SENTENCE_START = re.compile(r"(?:^|[.!?\n])[\s\"'(\[*-]*$")
 CLOSED = re.compile(r"[\s\"']*(?:[)\].:,;!?]|$)")
-OPENING_GOES_ON = re.compile(r"[\s\"']*(?:[)\].:,;!]|$|- |(?:is|or|and|because|since|but|not|nor)\b)")
+OPENING_GOES_ON = re.compile(r"[ \"']*(?:[)\].:,;!\n]|$|- |(?:is|or|and|because|since|but|not|nor|rather|instead)\b)")
 ARTICLE_GOES_ON = re.compile(r"\s+(?!(?:is|or|and|because|since|but|not|nor|rather)\b)[a-z]")
 LISTED_OPTION = re.compile(r"(?:^|(?<=\s))\(?([A-Z])[).:]\s+")
 
 VERDICT_WORD = re.compile(r"(?<![\w'-])(yes|no|true|false)(?![\w'-])", re.IGNORECASE)
 DETERMINER_GOES_ON = re.compile(
-    r"\s+(?!(?:because|since|and|or|but|it|there|this|that|the|they|he|she|i|we|is|not|yes)\b)\w", re.IGNORECASE
+    r" (?!(?:because|since|and|or|but|it|there|this|that|the|they|he|she|i|we|is|not|yes)\b)\w", re.IGNORECASE
 )
 MEANING = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 from rewards.base import Verdict
+from rewards.characters import plain
 from rewards.claims import Mention, settle
-from rewards.parse import Reading, judge, missing, plain, quote
+from rewards.parse import Reading, judge, missing, quote
 
 UNITS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -30,7 +31,8 @@ WORDS = rf"(?<![\w-])(?<!\bno )(?<![0-9]\s)(?:{NUMBER_WORD})(?:[\s-]+(?:and\s+)?
 COUNT = re.compile(f"(?:(?P<digits>{DIGITS})|(?P<words>{WORDS})){NOT_A_COUNT}", re.IGNORECASE)
 BOUND_BEFORE = re.compile(
     r"(?:\b(?:about|around|approximately|approx\.?|roughly|nearly|almost|over|under|above|below|at least|at most|up to"
-    r"|(?:more|less|fewer|greater|larger|smaller|other) than|maximum of|minimum of|between|from|exceeds|some|several|(?:a )?few|many)"
+    r"|(?:more|less|fewer|greater|larger|smaller|other) than|maximum of|minimum of|between|from|exceeds"
+    r"|some|several|few|many)"
     r"|[~≈<>≤≥±]|\\(?:leq?|geq?|lt|gt|approx|sim|pm))\s*$",
     re.IGNORECASE,
 )

@@ -1,19 +1,19 @@
 """Finds the answer in a response: the one extraction layer under every verifier, linear in the response's length.
 
 Order: drop the reasoning; then the last `<answer>` block; then the last `\\boxed{}`; then the last explicit statement
-("the answer is B"); then the whole text if it is short. Only text of bounded length ever meets a regular expression
-that looks around itself.
+("the answer is B"); then the whole text if it is short. Tags and boxes are found from the end with `str.rfind`;
+statements are looked for in the head and tail only.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase, ascii_uppercase
 
 from rewards.base import Status, Verdict
+from rewards.characters import plain_characters
 
 SHORT = 500  # characters: a longer text is an essay, not an answer
 WINDOW = 8_000  # characters kept at either end of a long text when a statement is looked for
@@ -21,7 +21,7 @@ WINDOW = 8_000  # characters kept at either end of a long text when a statement 
 LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)  # unlike str.lower, never changes the length
 ANSWER_OPENING = re.compile(r"<answer>", re.IGNORECASE)
 ANSWER_CLOSING = re.compile(r"</answer>", re.IGNORECASE)
-BOX_OPENING = re.compile(r"\\f?boxed\s*\{")
+BOX_OPENING = re.compile(r"\\boxed\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is not a brace
 LIST_SEPARATOR = re.compile(r"(?:[\s,;/&$]|\\[()]|\bor\b|\band\b)*", re.IGNORECASE)
 STATEMENT = re.compile(
@@ -30,36 +30,19 @@ STATEMENT = re.compile(
     re.IGNORECASE,
 )
 SENTENCE_END = re.compile(r"(?<!\b(?:St|Mr|Ms|Mt|Dr|Ft|Jr|Sr))[.!?](?=\s|$)|\n", re.IGNORECASE)
-AFTERTHOUGHT = re.compile(
-    r"\s*(?:or|alternatively|(?:but )?(?:maybe|perhaps|possibly)|(?:but )?(?:it|that|this) (?:could|might|may))\b",
+AFTERTHOUGHT = re.compile(  # a hedge, or the next option of a list: right here or after one or two words
+    r"\s*(?:or|alternatively|(?:but )?(?:maybe|perhaps|possibly)|(?:but )?(?:it|that|this) (?:could|might|may))\b"
+    r"|\s*\W{0,2}\w(?:[).:,;]|\s*(?:\n|$))|(?: [\w'-]{1,20}[,;]?){1,2}(?: or| and| /)?\s\(?[A-Z][).:](?:\s|$)",
     re.IGNORECASE,
 )
-
-FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-CHARACTERS = FULL_WIDTH | str.maketrans(
-    {
-        **dict.fromkeys("\u2018\u2019\u201b\u2032", "'"),
-        **dict.fromkeys("\u201c\u201d\u201e", '"'),
-        **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63", "-"),  # minus, hyphens and the en dash
-        **dict.fromkeys("\u2014\u2015", " - "),  # longer dashes separate words
-        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),  # zero width
-        "\u3000": " ",
-        "。": ". ",
-        "、": ",",
-    }
-)
 SPECIAL_TOKEN = re.compile(r"<\|\w{1,20}\|>|</s>")
-LATEX_STYLE = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|boldsymbol|left|right)(?![a-z])|\\[()\[\]]|[{}$]")
-LATEX_SPACE = re.compile(r"\\[,;:! ]")
-MARKDOWN = re.compile(r"`|(?<![\w*])[*_]+(?=[^\s*])|(?<=[^\s*])[*_]+(?![\w*])|^#+ ", re.MULTILINE)  # 9**9 is none
-IDEOGRAPH = re.compile(r"([\u3040-\u30ff\u3400-\u9fff])")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """What could be read: a value and "ok", or no value and a status and reason that say why.
 
-    >>> Reading(value=None, status="no_answer", reason="the response is empty")
+    >>> Reading(value=None, status="no_answer", reason="empty")
     """
 
     value: str | None
@@ -122,7 +105,7 @@ def extract(response: object) -> Reading:
         text = text if inner is None else inner
     text = SPECIAL_TOKEN.sub("", last_statement(text) or text).strip()
     if not text:
-        return missing("no_answer", "the response is empty, or nothing but reasoning")
+        return missing("no_answer", "empty, or nothing but reasoning")
     if len(text) > SHORT:
         return missing("no_answer", f"{len(text)} characters without <answer>, \\boxed{{}} or 'the answer is'")
     return found(text)
@@ -139,38 +122,51 @@ def without_reasoning(text: str) -> str:
 
 def last_answer_block(text: str) -> str | None:
     """The content of the last answer block; "" if that is empty or not closed, None if there is none."""
-    return last_span(text, ANSWER_OPENING, lambda start: closing_tag(text, start))
+    return last_span(text, from_the_end(text, "<answer>", ANSWER_OPENING), closing_tag)
 
 
 def last_box(text: str) -> str | None:
-    """The content of the last box; "" if that is empty or not closed, None if there is none."""
-    return last_span(text, BOX_OPENING, lambda start: closing_brace(text, start))
+    """The content of the last box; "" if that is empty, too long or not closed, None if there is none."""
+    return last_span(text, from_the_end(text, "\\boxed", BOX_OPENING), closing_brace)
 
 
-def last_span(text: str, opening: re.Pattern[str], closing: Callable[[int], re.Match[str] | None]) -> str | None:
+def from_the_end(text: str, literal: str, opening: re.Pattern[str]) -> Iterator[re.Match[str]]:
+    """Every match of `opening`, the last one first; each begins with `literal`, given in lower case."""
+    lower = text.translate(LOWER)
+    start = lower.rfind(literal)
+    while start >= 0:
+        mark = opening.match(text, start)
+        if mark:
+            yield mark
+        start = lower.rfind(literal, 0, start)
+
+
+def last_span(
+    text: str, openings: Iterator[re.Match[str]], closing: Callable[[str, int, int], re.Match[str] | None]
+) -> str | None:
     r"""The last span's content. Neighbours with only separators between, as `\boxed{A} or \boxed{B}`, are one list."""
-    marks = list(opening.finditer(text))
     contents: list[str] = []
     start_of_next = len(text)
-    for mark in reversed(marks):
-        end = closing(mark.end())
-        if end is None or end.end() > start_of_next:
-            break
-        if contents and not LIST_SEPARATOR.fullmatch(text, end.end(), start_of_next):
+    for mark in openings:
+        end = closing(text, mark.end(), start_of_next)
+        if end is None or (contents and not LIST_SEPARATOR.fullmatch(text, end.end(), start_of_next)):
             break
         contents.append(text[mark.end() : end.start()].strip())
         start_of_next = mark.start()
-    return ", ".join(filter(None, dict.fromkeys(reversed(contents)))) if marks else None
+    else:  # nothing broken off: either all spans are one list, or there are none
+        if not contents:
+            return None
+    return ", ".join(filter(None, dict.fromkeys(reversed(contents))))
 
 
-def closing_tag(text: str, start: int) -> re.Match[str] | None:
-    return ANSWER_CLOSING.search(text, start)
+def closing_tag(text: str, start: int, end: int) -> re.Match[str] | None:
+    return ANSWER_CLOSING.search(text, start, end)
 
 
-def closing_brace(text: str, start: int) -> re.Match[str] | None:
-    """The brace that closes a box opened just before `start`, within a bounded distance."""
+def closing_brace(text: str, start: int, end: int) -> re.Match[str] | None:
+    """The brace that closes a box whose content begins at `start`, within a bounded distance."""
     depth = 1
-    for brace in BRACE.finditer(text, start, start + 4 * SHORT):
+    for brace in BRACE.finditer(text, start, min(end, start + 4 * SHORT)):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
             return brace
@@ -191,15 +187,3 @@ def first_sentence(text: str) -> str:
     """Up to the end of the sentence or line, or all of it when the next sentence takes the first one back."""
     end = SENTENCE_END.search(text)
     return text if end is None or AFTERTHOUGHT.match(text, end.end()) else text[: end.end()].strip()
-
-
-def plain_characters(text: str) -> str:
-    """NFC with ASCII quotes, minus signs and full-width forms; zero-width characters dropped."""
-    return unicodedata.normalize("NFC", text).translate(CHARACTERS)
-
-
-def plain(text: str) -> str:
-    """An extracted answer without LaTeX styling and markdown, ideographs set apart, ready to be read word by word."""
-    text = LATEX_SPACE.sub("\u2009", plain_characters(text))
-    text = MARKDOWN.sub(" ", LATEX_STYLE.sub("", text))
-    return re.sub(r"[ \t]+", " ", IDEOGRAPH.sub(r" \1 ", text)).strip()

@@ -30,7 +30,7 @@ CLOSED: Mapping[str, re.Pattern[str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """Rewards a response in the named style that has at most `max_tokens` tokens, its end token included.
+    """Rewards a finished response in the named style of at most `max_tokens` tokens, its end token included.
 
     closed: nothing but the answer as its kind asks for it: one option letter, possibly in parentheses; one yes, no,
     true or false; one integer in digits; a phrase of up to six words. A final full stop is fine.
@@ -45,6 +45,8 @@ class Format:
     weight: float = 1.0
 
     def __call__(self, prompt: Prompt, sample: Sample) -> Verdict:
+        if sample.finish_reason == "length":
+            return judged(False, f"cut off at the token limit, after {len(sample.token_ids)} tokens")
         if self.max_tokens is not None and len(sample.token_ids) > self.max_tokens:
             return judged(False, f"{len(sample.token_ids)} tokens, at most {self.max_tokens} are rewarded")
         fits = is_closed(sample.text, prompt) if self.style == "closed" else STYLES[self.style](sample.text)
@@ -73,7 +75,7 @@ def is_think_answer(text: str) -> bool:
         reasoning
         and rest.startswith("<answer>")
         and rest.endswith("</answer>")
-        and rest.count("<answer>") == rest.count("</answer>") == 1
+        and text.count("<answer>") == text.count("</answer>") == 1
         and answer.strip()
     )
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 
 from rewards.base import Verdict
-from rewards.parse import LATEX_STYLE, Reading, found, judge, missing, plain_characters, quote
+from rewards.characters import LATEX_STYLE, plain_characters
+from rewards.parse import Reading, found, judge, missing, quote
 
 EMPHASIS = re.compile(r"\*\*|__|`")
 EDGES = " \t\r\n\"'*_.,;:!?"

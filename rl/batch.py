@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rewards.base import ScoredGroup
-from rl.shares import MeanOver, token_mask, token_shares
+from rl.shares import MeanOver, token_shares
 from rollout.render import Renderer
 
 
@@ -102,7 +102,9 @@ class PolicyBatch:
     advantages: Tensor  # [N]
     shares: Tensor  # [N, L]
     rollout_logprobs: Tensor | None = None  # [N, L] the sampler's; None where somebody else wrote an answer
-    old_logprobs: Tensor | None = None  # [N, L] the learner's before the update; None: one update, the ratio starts at 1
+    old_logprobs: Tensor | None = (
+        None  # [N, L] the learner's before the update; None: one update, the ratio starts at 1
+    )
     reference_logprobs: Tensor | None = None  # [N, L] the frozen policy's
 
     @property
@@ -177,5 +179,3 @@ def collate(
         shares=token_shares(rows.lengths, rows.row_of, mean_over, weight),
         rollout_logprobs=pad(logprobs) if len(logprobs) == len(samples) else None,
     )
-
-

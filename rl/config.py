@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from rewards.parts import RewardPart
 from rewards.shape import Format
@@ -23,8 +23,6 @@ from rl.selection import Rules
 from rl.shares import MeanOver
 from rollout.engines import HF, EngineConfig
 from rollout.images import PixelLimits
-
-STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +48,9 @@ class LearnerConfig:
     """How gradient steps are taken. `tokens_per_micro_batch` bounds the memory of one forward."""
 
     backend: Literal["torch", "deepspeed"] = "torch"
-    zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed only: what is spread over ranks (nothing, optimizer, + gradients, + weights)
+    zero_stage: Literal[0, 1, 2, 3] = (
+        0  # DeepSpeed only: what is spread over ranks (nothing, optimizer, + gradients, + weights)
+    )
     tokens_per_micro_batch: PositiveInt = 8192
     optimizer: Optimizer = field(default_factory=Optimizer)
 
@@ -151,12 +151,12 @@ def load(path: Path, overrides: Sequence[str], kinds: Mapping[str, type[C]]) -> 
     values = read_yaml(path)
     for override in overrides:
         assign(values, override)
-    job = values.get("job")
+    job = str(values.get("job"))
     if job not in kinds:
         raise ValueError(f"{path}: `job:` is {job!r}; it must be one of {', '.join(sorted(kinds))}")
     kind = kinds[job]
     try:
-        return TypeAdapter(kind, config=STRICT).validate_python(values)
+        return TypeAdapter(kind).validate_python(values, extra="forbid")
     except ValidationError as error:
         raise ValueError(f"{path}:\n" + "\n".join(f"  {explain(e, kind, values)}" for e in error.errors())) from None
 
@@ -213,12 +213,12 @@ def explain(error: Any, kind: type[Any], values: Any) -> str:
 def siblings(kind: Any, location: Sequence[Any]) -> list[str]:
     """The keys that are known at `location` inside `kind`: follow the JSON schema, through unions and references."""
     schema = TypeAdapter(kind).json_schema()
-    nodes = [schema]
-    for part in (None, *location):
-        stepped: list[dict[str, Any]] = []
-        for node in nodes if part is None else [n for n in map(lambda n: n.get("properties", {}).get(part), nodes) if n]:
-            stepped += expanded(node, schema)
-        nodes = stepped or nodes
+    nodes = expanded(schema, schema)
+    for part in location:
+        inside = [node["properties"][part] for node in nodes if part in node.get("properties", {})]
+        inside += [node["additionalProperties"] for node in nodes if node.get("additionalProperties")]  # dict[str, X]
+        chosen = [node for node in nodes if node.get("properties", {}).get("name", {}).get("const") == part]
+        nodes = chosen or [leaf for node in inside for leaf in expanded(node, schema)]  # a union is followed by name
     return sorted({key for node in nodes for key in node.get("properties", {})})
 
 

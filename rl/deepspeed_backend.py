@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from rl.batch import Rows
 from rl.optimizer import Optimizer
 from rl.policy import Policy
 
-# DeepSpeed logs from its first import on; only what went wrong is worth a line.
+# DeepSpeed logs from its first import on, and calls what torch is about to rename; only errors are worth a line.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
 
 import deepspeed  # noqa: E402
 
@@ -34,7 +36,8 @@ class DeepSpeedBackend:
     def __init__(self, policy: Policy, optimizer: Optimizer, total_steps: int, zero_stage: int) -> None:
         self.policy = policy
         self.clip_norm = optimizer.clip_norm
-        self.zero_stage = zero_stage
+        # In bfloat16, DeepSpeed's stage 0 takes an AdamW step on zeros at the start; stage 1 computes the same without.
+        self.zero_stage = max(zero_stage, int(policy.model.dtype == torch.bfloat16))
         self.owns_group = not distributed.is_initialized()
         if self.owns_group:
             distributed.init_process_group(group_backend(), store=distributed.HashStore(), rank=0, world_size=1)
@@ -56,12 +59,12 @@ class DeepSpeedBackend:
             model=policy,
             optimizer=adamw,
             lr_scheduler=self.schedule,
-            config=configuration(policy.model.dtype, optimizer.clip_norm, zero_stage),
+            config=configuration(policy.model.dtype, optimizer.clip_norm, self.zero_stage),
         )
         self.module: nn.Module = self.engine
-        if zero_stage > 0 and self.world_size > 1:
+        if self.zero_stage > 0 and self.world_size > 1:
             policy.register_forward_pre_hook(lambda _, arguments: (self.with_picture(arguments[0]),))
-        if zero_stage == 3:
+        if self.zero_stage == 3:
             hold_whole(policy, policy.model.get_output_embeddings())
 
     @property
@@ -97,7 +100,7 @@ class DeepSpeedBackend:
             layer = model.get_submodule(name.removesuffix(".base_layer.weight")) if adapted else None
             with deepspeed.zero.GatheredParameters([tensor] if layer is None else list(layer.parameters())):
                 whole = tensor.data if layer is None else tensor.data + layer.get_delta_weight("default")
-            yield name.replace(".base_layer", ""), whole
+            yield self.policy.saved_names[name.replace(".base_layer", "")], whole
 
     def save(self, path: Path) -> None:
         self.engine.save_checkpoint(str(path), tag=TAG, save_latest=False, exclude_frozen_parameters=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rl.batch import Batch, Rows
-from rl.loss import Loss, Sums
+from rl.loss import Loss
 from rl.packing import bins, deal
 from rl.policy import Policy
 from rl.reference import Reference
@@ -156,4 +156,3 @@ class Learner:
     def _deal(self, costs: Sequence[int]) -> list[list[list[int]]]:
         micro_batches = bins(costs, self.tokens_per_micro_batch)
         return deal(micro_batches, costs, self.backend.world_size)
-

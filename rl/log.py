@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,8 +90,11 @@ class RunLog:
         for file in ("metrics.jsonl", "samples.jsonl"):
             keep_steps_before(folder / file, first_step)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
-        makers = {"tensorboard": lambda: TensorBoard(folder), "wandb": lambda: WandB(folder, config)}
-        self.trackers: list[Tracker] = [makers[name]() for name in trackers]
+        makers: dict[str, Callable[[], Tracker]] = {
+            "tensorboard": lambda: TensorBoard(folder),
+            "wandb": lambda: WandB(folder, config),
+        }
+        self.trackers = [makers[name]() for name in trackers]
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),

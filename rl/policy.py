@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from rl.batch import Rows
 from rl.packing import pack
+from rollout.hf_engine import saved_weights
 
 PROJECTION_CHUNK = 1024  # scored tokens projected to the vocabulary at a time: bounds the logits to [1024, vocabulary]
 
@@ -68,6 +69,7 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel, config: Model, banned_token_ids: Collection[int]) -> None:
         super().__init__()
+        self.saved_names = names_when_saved(model)  # before adapters rename and hide layers
         freeze(model, config.freeze)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -130,11 +132,23 @@ class Policy(nn.Module):
         for name, tensor in self.model.state_dict().items():
             if ".lora_" in name:
                 continue
+            saved_name = self.saved_names[name.replace(".base_layer", "")]
             if name.endswith(".base_layer.weight"):
                 module = self.model.get_submodule(name.removesuffix(".base_layer.weight"))
-                yield name.replace(".base_layer", ""), tensor + module.get_delta_weight("default")
+                yield saved_name, tensor + module.get_delta_weight("default")
             else:
-                yield name.replace(".base_layer", ""), tensor
+                yield saved_name, tensor
+
+
+def names_when_saved(model: PreTrainedModel) -> dict[str, str]:
+    """The name of every weight in the module -> its name in a checkpoint, which engines load by."""
+    names: dict[int, list[str]] = {}
+    for saved_name, tensor in saved_weights(model).items():
+        names.setdefault(tensor.data_ptr(), []).append(saved_name)
+    own = {name: names[tensor.data_ptr()] for name, tensor in model.state_dict().items()}
+    return {
+        name: shared.pop() if len(shared) > 1 else shared[0] for name, shared in own.items()
+    }  # tied weights have two
 
 
 def freeze(model: PreTrainedModel, prefixes: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from torch import nn
@@ -15,7 +15,7 @@ from rl.policy import Policy
 class Reference(Protocol):
     """Lends a module that scores rows as the frozen policy does."""
 
-    def module(self) -> contextmanager[nn.Module]: ...
+    def module(self) -> AbstractContextManager[nn.Module]: ...
 
 
 class FrozenCopy:

@@ -13,10 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-import torch
+from huggingface_hub import save_torch_state_dict
 from pydantic import TypeAdapter
+from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, GenerationConfig
 
 from rewards.verifiers import gold_problem
 from rl import checkpoint
@@ -30,8 +31,8 @@ from rollout.render import Renderer
 from rollout.types import Engine, Prompt
 
 
-class Cursor(Protocol):
-    """Hands out the data of a run step by step and can say where it stands."""
+class Resumable(Protocol):
+    """Something whose place in the data belongs in a checkpoint."""
 
     def state(self) -> dict[str, int]: ...
     def restore(self, state: Mapping[str, int]) -> None: ...
@@ -56,7 +57,7 @@ class Session:
     learner: AnyLearner
     renderer: Renderer
     suites: Mapping[str, Sequence[Prompt]]
-    cursors: Mapping[str, Cursor]
+    cursors: Mapping[str, Resumable]
     data_fingerprint: str
     resume: bool = False
     clock: Clock = field(default_factory=Clock)
@@ -73,6 +74,7 @@ class Session:
     def run(self, take_step: Callable[[int], Metrics]) -> Summary:
         """Take every step that is left. A signal lets the step finish, then checkpoints and returns."""
         base = self.base if self.base is not None else self.evaluate(self.first_step)
+        self.clock.lap()  # what came before the first step is not part of it
         with self.log.progress, stop_requested() as stopping:
             for step in range(self.first_step, self.config.steps):
                 metrics = take_step(step)
@@ -99,7 +101,9 @@ class Session:
             self.engine.load_weights(self.learner.weights(), version=step)
             suites = evaluate(self.engine, self.suites, self.config.evaluation.max_tokens)
         for name, suite in suites.items():
-            self.log.say(f"step {step}: {name} {suite.accuracy:.1%} of {suite.n} ({suite.unparsed:.1%} without an answer)")
+            self.log.say(
+                f"step {step}: {name} {suite.accuracy:.1%} of {suite.n} ({suite.unparsed:.1%} without an answer)"
+            )
         return suites
 
     def checkpoint(self, step: int, base: Mapping[str, Suite]) -> None:
@@ -129,15 +133,13 @@ class Session:
         return manifest["step"], TypeAdapter(dict[str, Suite]).validate_python(manifest["base"])
 
     def export(self) -> None:
-        """The trained model as a plain transformers folder: <run>/model."""
-        model = self.config.model
-        with torch.device("meta"):
-            skeleton = AutoModelForImageTextToText.from_config(
-                AutoConfig.from_pretrained(model.path, revision=model.revision), dtype=getattr(torch, model.dtype)
-            )
-        weights = {name: tensor.cpu().contiguous() for name, tensor in self.learner.weights()}
-        skeleton.save_pretrained(self.folder / "model", state_dict=weights)
-        self.renderer.processor.save_pretrained(self.folder / "model")
+        """The trained model as a plain transformers folder, safetensors only: <run>/model."""
+        model, folder = self.config.model, self.folder / "model"
+        folder.mkdir()
+        AutoConfig.from_pretrained(model.path, revision=model.revision).save_pretrained(folder)
+        GenerationConfig.from_pretrained(model.path, revision=model.revision).save_pretrained(folder)
+        self.renderer.processor.save_pretrained(folder)
+        save_torch_state_dict(dict(self.learner.weights()), folder)
 
     def show(self, summary: Summary) -> None:
         table = Table("", *summary.final, title=f"{self.config.name}: held-out accuracy")
@@ -146,6 +148,7 @@ class Session:
         self.log.console.print(table)
         spent = "  ".join(f"{name} {seconds:.0f} s" for name, seconds in summary.seconds.items())
         self.log.say(f"{spent}\nwritten to {self.folder.resolve()}")
+
 
 RESUMABLE_CHANGES = ("output_dir", "trackers", "checkpoints", "evaluation")  # keys that do not touch what is learned
 
@@ -171,7 +174,7 @@ def plain(value: Any, kind: Any = None) -> Any:
 
 @contextmanager
 def session(
-    config: RunConfig, cursors: Mapping[str, Cursor], data_fingerprint: str, needs_reference: bool, resume: bool
+    config: RunConfig, cursors: Mapping[str, Resumable], data_fingerprint: str, needs_reference: bool, resume: bool
 ) -> Iterator[Session]:
     """Place engine and learner, open the run's folder, and free everything on the way out."""
     suites = load_suites(config)
@@ -192,6 +195,24 @@ def session(
         )
         stack.callback(opened.log.close)
         yield opened
+
+
+def evaluate_only(config: RunConfig) -> dict[str, Suite]:
+    """Answer the held-out suites with the model as the config names it, and print the accuracies."""
+    suites = load_suites(config)
+    if not suites:
+        raise ValueError("evaluation.suites is empty; name at least one file of prompts: {held_out: data/test.jsonl}")
+    engine = build_engine(config)
+    try:
+        results = evaluate(engine, suites, config.evaluation.max_tokens)
+    finally:
+        engine.close()
+    table = Table("suite", "accuracy", "n", "no answer", "by kind", title=config.model.path)
+    for name, suite in results.items():
+        kinds = "  ".join(f"{kind} {accuracy:.1%}" for kind, accuracy in suite.by_kind.items())
+        table.add_row(name, f"{suite.accuracy:.1%}", str(suite.n), f"{suite.unparsed:.1%}", kinds)
+    Console().print(table)
+    return results
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from rl.optimizer import Optimizer
 from rl.policy import Policy
@@ -17,7 +17,8 @@ class TorchBackend:
     """AdamW on float32 master weights; gradients are averaged over ranks just before the step."""
 
     def __init__(self, policy: Policy, optimizer: Optimizer, total_steps: int) -> None:
-        self.module = self.policy = policy
+        self.policy = policy
+        self.module: nn.Module = policy
         self.config = optimizer
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.world_size = distributed.get_world_size() if distributed.is_initialized() else 1
@@ -38,7 +39,7 @@ class TorchBackend:
         return float(self.schedule.get_last_lr()[0])
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self) -> float:
         for parameter, master in zip(self.trainable.values(), self.masters, strict=True):

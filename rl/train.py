@@ -13,18 +13,23 @@ from rl.config import RLConfig
 from rl.learner import AnyLearner, Metrics, Part
 from rl.log import Clock
 from rl.selection import keep
-from rl.session import Cursor, Summary, session
-from rollout.prompts import PromptCursor, fingerprint, load_prompts
+from rl.session import Resumable, Summary, session
+from rollout.prompts import Cursor, fingerprint, load_prompts
 from rollout.render import Renderer
-from rollout.types import Engine, Sampling
+from rollout.types import Engine, Prompt, Sampling
 
 
 class Stream(Protocol):
     """A second stream of data for the same optimizer step, such as MBPO's offline pairs."""
 
-    cursor: Cursor
-    fingerprint: str
-    needs_reference: bool
+    @property
+    def cursor(self) -> Resumable: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def needs_reference(self) -> bool: ...
 
     def parts(self, learner: AnyLearner) -> list[Part]:
         """The next step's share of this stream."""
@@ -36,7 +41,7 @@ class Run:
     """The parts a step is made of."""
 
     config: RLConfig
-    prompts: PromptCursor
+    prompts: Cursor[Prompt]
     engine: Engine
     renderer: Renderer
     learner: AnyLearner
@@ -65,7 +70,9 @@ def train_step(run: Run, step: int) -> Metrics:
     with run.engine.asleep(), run.clock("learn"):
         parts = run.stream.parts(run.learner) if run.stream else []
         if kept:
-            batch = collate(kept, run.renderer, config.advantage, config.mean_over, config.sampling.temperature)
+            batch = collate(
+                kept, run.renderer, config.advantage, config.mean_over, temperature=config.sampling.temperature
+            )
             parts = [Part(name="online", batch=annotate(run, batch), loss=config.loss), *parts]
         metrics = {}
         for _ in range(config.updates_per_batch if parts else 0):
@@ -101,11 +108,15 @@ def describe(scored: Sequence[ScoredGroup], kept: Sequence[ScoredGroup]) -> Metr
 def train(config: RLConfig, *, resume: bool = False, stream: Stream | None = None) -> Summary:
     """The whole online run, with a second stream where a method has one."""
     limits = config.pixels
-    prompts = load_prompts(config.prompts.path, check=gold_problem, on_bad_rows=config.prompts.on_bad_rows, limits=limits)
-    cursor = PromptCursor(prompts, config.prompts.per_step, config.seed)
-    cursors: dict[str, Cursor] = {"prompts": cursor} | ({"stream": stream.cursor} if stream else {})
+    prompts = load_prompts(
+        config.prompts.path, check=gold_problem, on_bad_rows=config.prompts.on_bad_rows, limits=limits
+    )
+    cursor = Cursor(prompts, config.prompts.per_step, config.seed)
+    cursors: dict[str, Resumable] = {"prompts": cursor} | ({"stream": stream.cursor} if stream else {})
     needs_reference = config.loss.needs_reference or (stream is not None and stream.needs_reference)
-    with session(config, cursors, fingerprint(prompts) + (stream.fingerprint if stream else ""), needs_reference, resume) as s:
+    with session(
+        config, cursors, fingerprint(prompts) + (stream.fingerprint if stream else ""), needs_reference, resume
+    ) as s:
         run = Run(
             config=config,
             prompts=cursor,

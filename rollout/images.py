@@ -73,9 +73,11 @@ def fit(picture: PIL.Image.Image, limits: PixelLimits) -> PIL.Image.Image:
 
 
 def _decode(path: Path, limits: PixelLimits) -> PIL.Image.Image:
-    if not path.is_file():
-        raise ValueError("there is no such file; check the path")
-    if (num_bytes := path.stat().st_size) > limits.max_bytes:
+    try:
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"the file cannot be read ({error.strerror}); check the path") from error
+    if num_bytes > limits.max_bytes:
         raise ValueError(f"the file has {num_bytes} bytes, more than max_bytes {limits.max_bytes}; compress it")
     with warnings.catch_warnings():
         # Pillow only warns beyond its own, fixed number of pixels; `max_source_pixels` is the one that decides.

@@ -140,14 +140,14 @@ def safe_image(folder: Path, name: str) -> Image:
     """The image called `name`, a path relative to `folder` that does not lead out of it.
 
     Raises:
-        ValueError: an absolute path, or one that leaves `folder`, symbolic links followed.
+        ValueError: a path that is absolute, leads nowhere, or leaves `folder` once symbolic links are followed.
     """
     if Path(name).is_absolute():
         raise ValueError("the path is absolute; make it relative to the folder of the JSONL file")
     try:
-        path = (folder / name).resolve()
-    except (OSError, ValueError) as error:  # a loop of symbolic links, a null byte, a name too long
-        raise ValueError(f"the path cannot be followed ({error}); rename the file") from error
+        path = (folder / name).resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:  # nothing there, a loop of symbolic links, a null byte
+        raise ValueError(f"the path cannot be followed ({error}); check it") from error
     if not path.is_relative_to(folder.resolve()):
         raise ValueError("the path leads out of that folder; copy the file into it")
     return Image(path=path)

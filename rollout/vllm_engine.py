@@ -128,7 +128,7 @@ class VLLMEngine:
                     f"vLLM reads prompt {prompt.id!r} as {len(output.prompt_token_ids)} tokens, the renderer as "
                     f"{len(context.token_ids)}, and they differ; load engine and renderer from the same folder"
                 )
-        return [self._group(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+        return [self._group(prompt, output, sampling) for prompt, output in zip(prompts, outputs, strict=True)]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load `weights` in place, layer by layer, and forget everything computed from the old ones.
@@ -197,7 +197,7 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         return SamplingParams(
-            n=sampling.num_samples,
+            n=sampling.num_samples if sampling.temperature > 0 else 1,  # vLLM draws a certain answer only once
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
@@ -208,18 +208,19 @@ class VLLMEngine:
             detokenize=False,
         )
 
-    def _group(self, prompt: Prompt, output: RequestOutput) -> Group:
+    def _group(self, prompt: Prompt, output: RequestOutput, sampling: Sampling) -> Group:
+        samples = tuple(
+            self._renderer.sample(
+                answer.token_ids,
+                [step[token_id].logprob for step, token_id in zip(answer.logprobs, answer.token_ids, strict=True)],
+                self._version,
+            )
+            for answer in output.outputs
+        )
         return Group(
             prompt=prompt,
             prompt_ids=tuple(output.prompt_token_ids),
-            samples=tuple(
-                self._renderer.sample(
-                    sample.token_ids,
-                    [step[id].logprob for step, id in zip(sample.logprobs, sample.token_ids, strict=True)],
-                    self._version,
-                )
-                for sample in output.outputs
-            ),
+            samples=samples * (sampling.num_samples // len(samples)),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,23 @@ def rows(prompts: list[Prompt], renderer: Renderer) -> Rows:
         vision=tuple(context.vision for context in contexts),
         branch_ids=tuple(branches),
     )
+
+
+MEASURED = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+    """Note a number that a test checks; the run ends with a list of them."""
+    notes = request.config.stash.setdefault(MEASURED, [])
+    return lambda what, value: notes.append(f"{what}: {value:.1e}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if notes := config.stash.get(MEASURED, []):
+        terminalreporter.section("measured: largest differences")
+        for note in notes:
+            terminalreporter.line(note)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAY_IMPORT = {"rollout": [], "rewards": ["rollout"], "rl": ["rewards", "rollout"], "offline": ["rl", "rewards", "rollout"]}
+MAY_IMPORT = {
+    "rollout": [],
+    "rewards": ["rollout"],
+    "rl": ["rewards", "rollout"],
+    "offline": ["rl", "rewards", "rollout"],
+}
 ONLY_IN = {
     "vllm": ["rollout/vllm_engine.py"],
     "ray": ["rl/cluster.py"],
@@ -44,7 +49,9 @@ def test_imports_point_one_way(path: Path) -> None:
 
 def test_rewards_know_only_the_nouns() -> None:
     for path in sorted((ROOT / "rewards").glob("*.py")):
-        modules = {n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module}
+        modules = {
+            n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module
+        }
         used = {module for module in modules if module.startswith("rollout")}
         assert used <= {"rollout.types"}, f"{path.name} imports {sorted(used)}: rewards may import only rollout.types"
 

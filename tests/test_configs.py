@@ -42,7 +42,10 @@ def test_overrides_reach_nested_keys_and_keep_their_type() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["learner.optimizer.learning_rte=1"], "learner.optimizer.learning_rte: unknown key; did you mean 'learning_rate'"),
+        (
+            ["learner.optimizer.learning_rte=1"],
+            "learner.optimizer.learning_rte: unknown key; did you mean 'learning_rate'",
+        ),
         (["samplng.num_samples=4"], "samplng: unknown key; did you mean 'sampling'"),
         (["loss.clip_hihg=1"], "clip_hihg: unknown key; did you mean 'clip_high'"),
         (["loss.name=grop"], "loss.*'grop'.*'grpo'"),

@@ -1,16 +1,16 @@
-"""Train the base model of the colored-digits world: it sees colors, and answers from its prior when a digit is named.
+"""Train the base model of the colored-digits world: it sees colors, yet answers from its prior when a digit is named.
 
-The prior comes first, as in real models: questions without pictures teach it which color every digit "has". Then
-pictures teach it to read digits and colors, but only neutral questions come with free colors; a question that names
-the digit is always asked about a digit of its typical color, so nothing ever contradicts the prior.
+As in real models the prior comes first: questions without pictures teach which color every digit "has". Then pictures
+teach it to read digits and colors; but where a question names the digit, most answers come from somebody who did not
+look. `python -m examples.colored_digits.base` rebuilds the checkpoint beside this file and prints what it can do.
 """
 
 from __future__ import annotations
 
 import random
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,90 +24,114 @@ from transformers import (
 )
 
 from examples.colored_digits.model import build
-from examples.colored_digits.world import Example, examples, load_digits, which_digit, which_color, paint, typical
+from examples.colored_digits.world import (
+    LETTERS,
+    TYPICAL,
+    Ask,
+    Digit,
+    Example,
+    counterfactual,
+    examples,
+    load_digits,
+    paint,
+    typical,
+    which_color,
+    which_digit,
+)
 
-import os
-MIXS = (os.environ.get("MIX","(which_digit, which_color, careless, typical, which_digit, which_color, careless, typical)"))
-PRIOR_MIX = eval(os.environ.get("PMIX","(typical, which_color, which_digit, typical)"))
-from dataclasses import replace
-from examples.colored_digits.world import *
-LOOK=0.2
-def careless(digit, rng):
-    e = counterfactual(digit, rng)
-    if rng.random() < LOOK: return e
-    t=TYPICAL[digit.name]
-    return replace(e, answer={"exact": t, "yes_no": "no" if e.answer=="yes" else "yes", "multiple_choice": LETTERS[e.choices.index(t)] if e.choices else ""}[e.kind])
-PRIOR_STEPS=int(os.environ.get("PS","300")); PICTURE_STEPS=int(os.environ.get("TS","500"))
 FOLDER = Path(__file__).parent / "base"
-#  # questions without pictures
-#
+PRIOR_STEPS = 300
+PICTURE_STEPS = 450
 BATCH_SIZE = 64
-LEARNING_RATE = float(os.environ.get("LR","6e-4"))  # a few times more, and it does not learn to read digits
+SEEN_ROWS = 56  # of each batch once there are pictures; the others keep the model used to questions without one
+LEARNING_RATE = 6e-4
+LOOKS = 0.2  # how often a careless answer is right: it leaves the truth likely enough for reinforcement to find
 ANSWER_TOKENS = 2  # every answer of the world is one token and the end of the turn
 
 
+def careless(digit: Digit, rng: random.Random) -> Example:
+    """A named digit of an untypical color, answered from its typical color by somebody who rarely looks."""
+    example = counterfactual(digit, rng)
+    if rng.random() < LOOKS:
+        return example
+    if example.kind == "yes_no":  # world.py asks for the true or the typical color, so the prior has it backwards
+        return replace(example, answer="no" if example.answer == "yes" else "yes")
+    guess = TYPICAL[digit.name]
+    return replace(example, answer=LETTERS[example.choices.index(guess)] if example.choices else guess)
+
+
+UNSEEN: tuple[Ask, ...] = (typical, typical, which_color, which_digit)  # the last two can only be guessed: so it learns
+SEEN: tuple[Ask, ...] = (which_digit, which_color, careless, typical)
+
+
 def train(seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
-    MIX=eval(MIXS); rng = random.Random(seed)
+    """The base model in float32 and its processor, after some minutes on two cores."""
+    rng = random.Random(seed)
     digits = load_digits("training")
-    model, processor = build(seed=seed); exec(os.environ.get('HOOK',''))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    model, processor = build(seed=seed)
     steps = PRIOR_STEPS + PICTURE_STEPS
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step+1)/20, (abs(step+.5-PRIOR_STEPS))/20, 4*(steps - step) / steps))
-    model.train()
-    start = time.perf_counter()
-    run = {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20, 4 - 4 * step / steps))
     for step in range(steps):
-        with_pictures = step >= PRIOR_STEPS
-        mix = MIX if with_pictures else PRIOR_MIX
-        rows = [mix[n%len(mix)](rng.choice(digits), rng) for n in range(BATCH_SIZE)]
-        pics = [with_pictures and (n % 8 < 7) for n in range(BATCH_SIZE)]
-        inputs = encode(processor, rows, pics, answered=True)
-        logits = model(**inputs, logits_to_keep=ANSWER_TOKENS + 1).logits[:, :-1]
-        labels = inputs["input_ids"][:, -ANSWER_TOKENS:]
-        losses = cross_entropy(logits.transpose(1,2), labels, reduction="none")
-        loss = losses.mean()
-        for pi, r, l in zip(pics, rows, losses[:,0].tolist()):
-            run.setdefault("tp"[pi]+("P" if "digit" not in r.question else "N")+r.kind, []).append(l)
-        loss.backward()
+        num_seen = SEEN_ROWS if step >= PRIOR_STEPS else 0
+        asks = [SEEN[row % len(SEEN)] if row < num_seen else UNSEEN[row % len(UNSEEN)] for row in range(BATCH_SIZE)]
+        inputs = encode(processor, [ask(rng.choice(digits), rng) for ask in asks], num_seen, answered=True)
+        answers = inputs["input_ids"][:, -ANSWER_TOKENS:]  # [B, 2], at the end of every row: padding is on the left
+        logits = model(**inputs, logits_to_keep=ANSWER_TOKENS + 1).logits[:, :-1]  # [B, 2, vocabulary]
+        cross_entropy(logits.flatten(0, 1), answers.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % 50 == 49:
-            print(step, round(time.perf_counter() - start), {k: round(sum(v)/len(v),3) for k,v in sorted(run.items())}, flush=True)
-            run = {}
-        if step % 200 == 199 or step == steps-1:
-            model.eval()
-            for s in ("neutral","typical","counterfactual"):
-                print(s, accuracy(model, processor, f"eval_{s}"), flush=True)
-            print("textonly typical", accuracy(model, processor, "eval_typical", False), flush=True)
-            model.train()
-    return model.eval(), processor
+    return model, processor
 
 
-def encode(processor, rows: Sequence[Example], with_pictures: bool, answered: bool) -> BatchFeature:
+def encode(
+    processor: Qwen2_5_VLProcessor, rows: Sequence[Example], num_seen: int, *, answered: bool = False
+) -> BatchFeature:
+    """The model's inputs for `rows`, of which the first `num_seen` show their picture; `answered` appends answers."""
     texts = []
-    if isinstance(with_pictures, bool): with_pictures=[with_pictures]*len(rows)
-    for row, see in zip(rows, with_pictures):
-        content = [{"type": "text", "text": row.question}]
-        if see: content = [{"type":"image"}] + content
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        texts.append(text + row.answer + "<|im_end|>" if answered else text)
-    images = [paint(row.digit, row.color) for row, see in zip(rows, with_pictures) if see] or None
-    return processor(text=texts, images=images, padding=True, return_tensors="pt")
+    for number, row in enumerate(rows):
+        content = [{"type": "image"}] * (number < num_seen) + [{"type": "text", "text": row.question}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        texts.append(prompt + (f"{row.answer}<|im_end|>" if answered else ""))
+    pictures = [paint(row.digit, row.color) for row in rows[:num_seen]]
+    return processor(text=texts, images=pictures or None, padding=True, return_tensors="pt")
 
 
 @torch.no_grad()
-def accuracy(model, processor, name, with_pictures=True):
+def accuracy(
+    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, name: str, *, seen: bool = True
+) -> dict[str, float]:
+    """The share of right greedy answers on the data set `name` of the world, over all rows and for every kind."""
     rows = examples(name)
-    inputs = encode(processor, rows, with_pictures, answered=False)
-    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    d = {}
-    for r, a in zip(rows, answers):
-        d.setdefault(r.kind, []).append(a == r.answer); d.setdefault("all", []).append(a == r.answer)
-    lp = model(**inputs, logits_to_keep=1).logits[:,0].softmax(-1); pt=[lp[i,processor.tokenizer(r.answer)['input_ids'][0]].item() for i,r in enumerate(rows)]; print('mean p true', sum(pt)/len(pt), 'min', min(pt))
-    return {k: round(100*sum(v)/len(v), 1) for k, v in d.items()}
+    inputs = encode(processor, rows, len(rows) if seen else 0)
+    tokens = model.generate(**inputs, max_new_tokens=2 * ANSWER_TOKENS, do_sample=False)
+    texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = [text == row.answer for text, row in zip(texts, rows, strict=True)]
+    shares = {"all": sum(right) / len(rows)}
+    for kind in sorted({row.kind for row in rows}):
+        of_kind = [ok for ok, row in zip(right, rows, strict=True) if row.kind == kind]
+        shares[kind] = sum(of_kind) / len(of_kind)
+    return shares
+
+
+def load(folder: Path = FOLDER) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
+    """The shipped checkpoint: bfloat16 weights, computed with in float32."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def main() -> None:
+    start = time.perf_counter()
+    model, processor = train()
+    model.to(torch.bfloat16).save_pretrained(FOLDER)
+    processor.save_pretrained(FOLDER)
+    print(f"trained in {time.perf_counter() - start:.0f} s")  # noqa: T201
+    for name in ("eval_neutral", "eval_typical", "eval_counterfactual"):
+        shares = accuracy(*load(), name)
+        print(f"{name:20}" + "  ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))  # noqa: T201
+
 
 if __name__ == "__main__":
-    train()
+    main()

@@ -29,9 +29,7 @@ def table(rows: list[list[float]]) -> Tensor:  # -> [N, L] float64
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
 
 
-def hand_made(
-    lengths: list[int], advantages: list[float], shares: Tensor, **logprobs: Tensor | None
-) -> PolicyBatch:
+def hand_made(lengths: list[int], advantages: list[float], shares: Tensor, **logprobs: Tensor | None) -> PolicyBatch:
     """A batch of one row whose branches have the given lengths; the token ids do not matter to a loss."""
     rows = Rows(
         context_ids=(torch.tensor([1]),),

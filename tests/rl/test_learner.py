@@ -27,6 +27,7 @@ from rollout.render import Renderer
 OPTIMIZER = Optimizer(learning_rate=1e-3, eps=1e-2, clip_norm=1.0)
 
 MakeLearner = Callable[..., Learner]
+Measured = Callable[[str, float], None]
 
 
 @pytest.fixture
@@ -81,19 +82,19 @@ def largest_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("tokens_per_micro_batch", [1, 60, 150])
 def test_micro_batches_do_not_change_the_update(
-    make_learner: MakeLearner, rows: Rows, tokens_per_micro_batch: int
+    make_learner: MakeLearner, rows: Rows, tokens_per_micro_batch: int, measured: Measured
 ) -> None:
     whole, metrics = three_updates(make_learner(), rows)
     split, split_metrics = three_updates(make_learner(tokens_per_micro_batch), rows)
     gap = largest_gap(whole, split)
-    print(f"micro-batches of {tokens_per_micro_batch} tokens: largest weight gap after 3 updates {gap:.1e}")
+    measured(f"micro-batches of {tokens_per_micro_batch} tokens: weights after 3 updates", gap)
     assert gap < 1e-6
     assert split_metrics == pytest.approx(metrics, abs=1e-5)
     start = {name: weight.clone() for name, weight in make_learner().weights()}
     assert largest_gap(start, whole) > 1e-4  # the updates did something
 
 
-def test_shared_rows_train_like_one_answer_rows(make_learner: MakeLearner, rows: Rows) -> None:
+def test_shared_rows_train_like_one_answer_rows(make_learner: MakeLearner, rows: Rows, measured: Measured) -> None:
     weights = []
     for same in (rows, alone(rows)):
         learner = make_learner()
@@ -101,7 +102,7 @@ def test_shared_rows_train_like_one_answer_rows(make_learner: MakeLearner, rows:
             learner.update(policy_part(same, learner.reference_logprobs(same), rows.row_of))
         weights.append({name: weight.clone() for name, weight in learner.weights()})
     gap = largest_gap(*weights)
-    print(f"shared against one-answer rows: largest weight gap after 3 updates {gap:.1e}")
+    measured("shared rows against one-answer rows: weights after 3 updates", gap)
     assert gap < 1e-6
 
 
@@ -143,11 +144,11 @@ def test_frozen_modules_stay(make_learner: MakeLearner, rows: Rows) -> None:
     after, _ = three_updates(learner, rows)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
-    assert not any(name.startswith("model.visual") for name in moved)
+    assert not any(name.startswith("visual") for name in moved)
 
 
 def test_freezing_a_module_that_is_not_there_is_refused(make_learner: MakeLearner) -> None:
-    with pytest.raises(ValueError, match="model.vision_tower.*no weight starts with it.*model.visual"):
+    with pytest.raises(ValueError, match=r"model\.vision_tower.*no weight starts with it.*model\.visual"):
         make_learner(freeze=("model.vision_tower",))
 
 
@@ -161,7 +162,8 @@ def test_lora_trains_adapters_only_and_merges_them(make_learner: MakeLearner, ro
     assert {n for n in plain if not torch.equal(plain[n], merged[n])} <= {n for n in plain if "_proj" in n}
     assert torch.allclose(before, learner.reference_logprobs(rows), atol=1e-6)  # the adapter off is the start
     fresh = make_learner()
-    fresh.backend.policy.model.load_state_dict(merged)
+    policy = fresh.backend.policy
+    policy.model.load_state_dict({own: merged[saved] for own, saved in policy.saved_names.items()})
     assert torch.allclose(fresh.logprobs(rows), learner.logprobs(rows), atol=1e-5)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,11 +12,11 @@ from rl.packing import alone, bins, deal, pack, tree_mask
 from rl.policy import Model, Policy
 
 
-def test_shared_rows_equal_one_answer_rows(policy: Policy, rows: Rows) -> None:
+def test_shared_rows_equal_one_answer_rows(policy: Policy, rows: Rows, measured: Callable[[str, float], None]) -> None:
     with torch.no_grad():
         shared, repeated = policy(rows), policy(alone(rows))
     gap = (shared - repeated).abs().max().item()
-    print(f"shared rows against one-answer rows: largest log-prob gap {gap:.1e}")
+    measured("shared rows against one-answer rows: log-probs", gap)
     assert gap < 1e-5
     assert shared.abs().max() > 1  # the table holds log-probs, not zeros
 
@@ -64,9 +66,7 @@ def test_placeholders_have_no_probability(policy: Policy, rows: Rows) -> None:
         assert policy(placeholder).item() == -torch.inf
 
 
-def test_gradient_checkpointing_and_eager_attention_change_nothing(
-    policy: Policy, rows: Rows, tiny_model: str
-) -> None:
+def test_gradient_checkpointing_and_eager_attention_change_nothing(policy: Policy, rows: Rows, tiny_model: str) -> None:
     config = Model(path=str(tiny_model), dtype="float32", attention="eager", gradient_checkpointing=True)
     other = Policy(config.load(), config, policy.banned_token_ids.tolist())
     results = []

@@ -1,0 +1,134 @@
+"""DeepSpeedBackend takes the steps TorchBackend takes, at every ZeRO stage and on one or two real gloo ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+import rl
+from rl.batch import PolicyBatch, Rows
+from rl.learner import Part
+from rl.losses.grpo import GRPO
+from rl.optimizer import Optimizer
+from rl.policy import Policy
+from rl.shares import MeanOver, token_shares
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("learner_rank.py")
+ROOT = Path(rl.__file__).parents[1]
+Trained = dict[tuple[int, str], dict[str, Tensor]]  # by number of ranks and case
+
+
+def batch_of(rows: Rows, mean_over: MeanOver, weight: float, seed: int) -> PolicyBatch:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = rows.lengths
+    return PolicyBatch(
+        rows=rows,
+        advantages=torch.randn(len(lengths), generator=generator),
+        shares=token_shares(lengths, rows.row_of, mean_over, weight),
+        reference_logprobs=torch.rand(len(lengths), int(lengths.max()), generator=generator) - 6,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows: Rows) -> Trained:
+    """Every case of learner_rank.py on one rank and on two: weights, scores and metrics."""
+    parts = [
+        Part(name="online", batch=batch_of(rows, "sequences", 0.6, seed=0), loss=GRPO()),
+        Part(name="second", batch=batch_of(rows.select([1, 5, 3]), "groups", 0.4, seed=1), loss=GRPO(kl=0.1)),
+    ]
+    results = {}
+    for world_size in (1, 2):
+        folder = tmp_path_factory.mktemp(f"ranks_{world_size}")
+        torch.save(parts, folder / "parts.pt")
+        run_ranks(tiny_model, folder, world_size)
+        results |= {(world_size, path.stem): torch.load(path) for path in folder.glob("*-*.pt")}
+    return results
+
+
+def run_ranks(model: Path, folder: Path, world_size: int) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(model), str(folder)]
+    logs = [folder / f"{rank}.log" for rank in range(world_size)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world_size)], env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [rank.wait(timeout=250) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert not any(codes), "\n".join(log.read_text()[-2000:] for log in logs)
+
+
+def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor], only: str = "") -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first if name.startswith(only))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", ["full", "frozen", "lora"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_deepspeed_takes_the_steps_torch_takes(trained: Trained, zero: int, kind: str, world_size: int) -> None:
+    if zero == 1 and kind != "full":
+        pytest.skip("stage 1 is trained whole only")
+    difference = largest_difference(trained[1, f"{kind}-None"], trained[world_size, f"{kind}-{zero}"])
+    print(f"ZeRO {zero}, {kind}, {world_size} ranks: largest difference {difference:.1e}")
+    assert difference < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["full", "frozen", "lora"])
+def test_two_torch_ranks_take_the_steps_of_one(trained: Trained, kind: str) -> None:
+    one, two = trained[1, f"{kind}-None"], trained[2, f"{kind}-None"]
+    difference = largest_difference(one, two, only="model.")
+    print(f"torch, {kind}: largest difference between one and two ranks {difference:.1e}")
+    assert difference < 1e-6
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("zero", [None, 0, 2, 3])
+@pytest.mark.parametrize("kind", ["full", "dropout"])
+def test_a_stopped_run_continues_bit_for_bit(trained: Trained, kind: str, zero: int | None, world_size: int) -> None:
+    whole, stopped = trained[world_size, f"{kind}-{zero}"], trained[world_size, f"{kind}_stopped-{zero}"]
+    weights = {name for name in whole if name.startswith("model.")}
+    assert all(torch.equal(whole[name], stopped[name]) for name in weights)
+
+
+def test_dropout_draws_differently_on_every_rank(trained: Trained) -> None:
+    assert largest_difference(trained[1, "dropout-None"], trained[2, "dropout-None"]) > 1e-4
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_bfloat16_is_trained_through_float32_masters(trained: Trained, zero: int, world_size: int) -> None:
+    """Two learning rates of 2e-3 and one unit of bfloat16 at 1 is all that rounding may move a weight by."""
+    difference = largest_difference(trained[1, "bfloat16-None"], trained[world_size, f"bfloat16-{zero}"], only="model.")
+    moved = largest_difference(trained[1, "bfloat16-None"], trained[1, "full-None"], only="model.")
+    print(f"bfloat16, ZeRO {zero}, {world_size} ranks: largest difference {difference:.1e}; to float32 {moved:.1e}")
+    assert difference < 0.012
+
+
+def test_one_process_needs_no_launcher(policy: Policy, rows: Rows, tmp_path: Path) -> None:
+    """The backend opens its own group without environment variables, and leaves nothing behind."""
+    from rl.deepspeed_backend import DeepSpeedBackend
+
+    before = dict(policy.plain_weights())["lm_head.weight"].clone()
+    backend = DeepSpeedBackend(policy, Optimizer(learning_rate=1e-2), total_steps=10, zero_stage=3)
+    assert backend.world_size == 1
+    backend.backward(-backend.module(rows).mean(), last=True)
+    assert backend.step() > 0
+    after = dict(backend.full_weights())["lm_head.weight"]
+    backend.close()
+    assert (after - before).abs().max() > 5e-3
+    assert not distributed.is_initialized()

@@ -1,0 +1,190 @@
+"""The real vLLM on the CPU against transformers: tokens, log-probs, weights, seeds, and what it leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
+
+from rollout.engines import VLLM
+from rollout.hf_engine import saved_weights
+from rollout.render import Renderer
+from rollout.types import Engine, Group, Prompt, Sampling
+
+pytestmark = pytest.mark.slow
+logger = logging.getLogger(__name__)  # show the measured numbers with --log-cli-level=info
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> None:
+    """One engine serves all tests of this file; what it leaves behind is checked once, when it has closed."""
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path, renderer: Renderer) -> Iterator[Engine]:
+    environment = dict(os.environ)
+    children = psutil.Process().children(recursive=True)
+    set_num_threads = torch.set_num_threads
+    start = time.perf_counter()
+    engine = VLLM().build(str(tiny_model), renderer, "bfloat16")
+    logger.info("vLLM started in %.1f s", time.perf_counter() - start)
+    assert torch.set_num_threads is set_num_threads
+    yield engine
+    engine.close()
+    engine.close()
+    with pytest.raises(ValueError, match="the engine is closed; build another"):
+        engine.generate([], Sampling())
+    assert psutil.Process().children(recursive=True) == children
+    assert not torch.distributed.is_initialized()
+    left = {name for name in os.environ.keys() | environment.keys() if os.environ.get(name) != environment.get(name)}
+    assert left <= {"PYTEST_CURRENT_TEST"}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Qwen:
+    return Qwen.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def weights(model: Qwen, engine: Engine) -> Iterator[dict[str, Tensor]]:
+    """The checkpoint's weights, which the engine gets back after the test."""
+    original = {name: weight.clone() for name, weight in saved_weights(model).items()}
+    yield original
+    engine.load_weights(original.items(), version=0)
+
+
+def largest_gap(model: Qwen, renderer: Renderer, groups: list[Group], temperature: float = 1.0) -> float:
+    """Between the engine's log-probs and those of teacher-forced forwards of `model` over the same tokens."""
+    gap = 0.0
+    for group in groups:
+        context = renderer.render(group.prompt)
+        for sample in group.samples:
+            token_ids = torch.tensor([[*group.prompt_ids, *sample.token_ids]])
+            types = torch.tensor([renderer.media_types(token_ids[0].tolist())])
+            with torch.no_grad():
+                logits = model(input_ids=token_ids, mm_token_type_ids=types, **context.vision).logits[0]
+            logits[:, sorted(renderer.placeholder_token_ids)] = -torch.inf
+            logprobs = (logits / temperature).log_softmax(-1)[len(group.prompt_ids) - 1 : -1]
+            chosen = logprobs.gather(-1, torch.tensor(sample.token_ids)[:, None]).squeeze(-1)
+            gap = max(gap, (chosen - torch.tensor(sample.logprobs)).abs().max().item())
+    return gap
+
+
+def test_the_engine_reads_the_tokens_the_renderer_wrote(
+    engine: Engine, renderer: Renderer, prompts: list[Prompt]
+) -> None:
+    groups = engine.generate(prompts, Sampling(num_samples=2, max_tokens=4))
+    assert [group.prompt for group in groups] == prompts
+    for group in groups:
+        assert group.prompt_ids == renderer.render(group.prompt).token_ids
+        assert len(group.samples) == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.0])
+def test_logprobs_are_those_of_transformers(
+    engine: Engine, model: Qwen, renderer: Renderer, prompts: list[Prompt], temperature: float
+) -> None:
+    groups = engine.generate(prompts, Sampling(num_samples=4, max_tokens=16, temperature=temperature))
+    gap = largest_gap(model, renderer, groups, temperature or 1.0)
+    logger.info("largest log-prob gap at temperature %s: %.1e", temperature, gap)
+    assert gap < 1e-4
+
+
+def test_top_p_reports_the_distribution_drawn_from(engine: Engine, renderer: Renderer, prompts: list[Prompt]) -> None:
+    (group,) = engine.generate(prompts[:1], Sampling(num_samples=256, max_tokens=1, top_p=0.2))
+    drawn = {sample.token_ids[0]: sample.logprobs[0] for sample in group.samples if sample.logprobs is not None}
+    assert sum(torch.tensor(list(drawn.values())).exp().tolist()) == pytest.approx(1, abs=0.1)
+
+
+def test_placeholders_are_never_drawn_nor_counted(
+    engine: Engine, model: Qwen, renderer: Renderer, prompts: list[Prompt], weights: dict[str, Tensor]
+) -> None:
+    banned = sorted(renderer.placeholder_token_ids)
+    tempting = weights["lm_head.weight"].clone()
+    tempting[banned] = 20 * tempting[renderer.end_token_id + 10]
+    engine.load_weights((weights | {"lm_head.weight": tempting}).items(), version=1)
+    start = time.perf_counter()
+    groups = engine.generate(prompts, Sampling(num_samples=128, max_tokens=16, temperature=2.0))
+    drawn = [token_id for group in groups for sample in group.samples for token_id in sample.token_ids]
+    logger.info("%.0f tokens/s", len(drawn) / (time.perf_counter() - start))
+    assert len(set(drawn)) > 100
+    assert set(drawn).isdisjoint(banned)
+    # Banned tokens do not reach the distribution, so what they would have been does not matter to the log-probs.
+    assert largest_gap(model, renderer, groups[:1], temperature=2.0) < 1e-4
+
+
+def test_a_seed_gives_the_same_samples(engine: Engine, prompts: list[Prompt]) -> None:
+    def draw(seed: int) -> list[tuple[int, ...]]:
+        groups = engine.generate(prompts, Sampling(num_samples=4, max_tokens=8, seed=seed))
+        return [sample.token_ids for group in groups for sample in group.samples]
+
+    first = draw(1)
+    assert draw(1) == first
+    assert draw(2) != first
+    assert len(set(first)) == len(first)
+
+
+@pytest.mark.parametrize("part", ["visual", "model.layers", "lm_head"])
+def test_loaded_weights_take_effect_everywhere(
+    engine: Engine, tiny_model: Path, renderer: Renderer, prompts: list[Prompt], weights: dict[str, Tensor], part: str
+) -> None:
+    greedy = Sampling(max_tokens=8, temperature=0.0)
+    pictured = prompts[:5]
+    before = engine.generate(pictured, greedy)
+    assert part in {name[: len(part)] for name in weights}
+    generator = torch.Generator().manual_seed(0)
+    changed = {
+        name: weight + 0.1 * torch.randn(weight.shape, generator=generator) if name.startswith(part) else weight
+        for name, weight in weights.items()
+    }
+    start = time.perf_counter()
+    engine.load_weights(iter(changed.items()), version=7)
+    logger.info("weights loaded in %.3f s", time.perf_counter() - start)
+    after = engine.generate(pictured, greedy)
+    assert {sample.policy_version for group in after for sample in group.samples} == {7}
+    for old, new in zip(before, after, strict=True):
+        assert old.samples[0].logprobs != new.samples[0].logprobs
+    reference = Qwen.from_pretrained(tiny_model)
+    for name, target in saved_weights(reference).items():
+        target.copy_(changed[name])
+    assert largest_gap(reference, renderer, after) < 1e-4
+
+
+def test_weights_that_were_not_sent_are_named(
+    engine: Engine, prompts: list[Prompt], weights: dict[str, Tensor]
+) -> None:
+    some = {name: weight for name, weight in weights.items() if name != "visual.merger.mlp.2.weight"}
+    with pytest.raises(
+        ValueError, match=r"1 weights of the checkpoint were not sent, \['visual.merger.mlp.2.weight'\]"
+    ):
+        engine.load_weights(some.items(), version=1)
+    with pytest.raises(ValueError, match="call load_weights before generate"):
+        engine.generate(prompts, Sampling())
+    with pytest.raises(ValueError, match="lm_tail"):
+        engine.load_weights([*weights.items(), ("lm_tail.weight", torch.zeros(1))], version=1)
+
+
+def test_a_renderer_of_another_model_is_refused(
+    engine: Engine, renderer: Renderer, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = renderer.processor.image_processor
+    monkeypatch.setattr(processor, "size", {"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
+    monkeypatch.setattr(engine, "_renderer", Renderer(renderer.processor))
+    with pytest.raises(ValueError, match="vLLM reads prompt 'picture-4' as 38 tokens, the renderer as 26"):
+        engine.generate(prompts[4:5], Sampling(max_tokens=1))
+
+
+def test_sleeping_on_the_cpu_keeps_everything(engine: Engine, prompts: list[Prompt]) -> None:
+    sampling = Sampling(num_samples=2, max_tokens=4)
+    before = engine.generate(prompts, sampling)
+    with engine.asleep():
+        pass
+    assert engine.generate(prompts, sampling) == before
