@@ -36,7 +36,7 @@ from rewards.text import normalised
 from rewards.verifiers import gold_problem, question_of, verify
 from rl.batch import Rows
 from rl.policy import Policy
-from rl.session import plain, prepare
+from rl.session import plain
 from rollout.hf_engine import HFEngine
 from rollout.pixels import PixelPath, to_picture
 from rollout.prompts import fingerprint, load_prompts
@@ -74,7 +74,6 @@ def mine(config: MineConfig) -> Mined:
             another configuration, other prompts or other weights.
     """
     start = time.perf_counter()
-    prepare(config.prepare)
     miner = Miner(config)
     prompts = load_prompts(config.source, check=miner.problem, on_bad_rows=config.on_bad_rows, limits=config.pixels)
     header = {

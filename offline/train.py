@@ -1,4 +1,4 @@
-"""Offline preference training: the online step with another first half, `next preferences -> collate -> annotate -> update`."""
+"""Offline preference training: `next preferences -> collate -> annotate -> update`, and the run around it."""
 
 from __future__ import annotations
 

@@ -88,11 +88,11 @@ def count_statuses(scored: Sequence[ScoredGroup]) -> dict[str, float]:
     """
     verdicts: dict[str, list[Verdict]] = {}
     for group in scored:
-        for name, judged in group.parts.items():
-            verdicts.setdefault(name, []).extend(judged)
+        for name, part in group.parts.items():
+            verdicts.setdefault(name, []).extend(part)
     counts: dict[str, float] = {}
-    for name, judged_all in verdicts.items():
-        counts[f"{name}/score"] = math.fsum(verdict.score for verdict in judged_all) / len(judged_all)
-        for status, count in Counter(verdict.status for verdict in judged_all).items():
-            counts[f"{name}/{status}"] = count / len(judged_all)
+    for name, judged in verdicts.items():
+        counts[f"{name}/score"] = math.fsum(verdict.score for verdict in judged) / len(judged)
+        for status, count in Counter(verdict.status for verdict in judged).items():
+            counts[f"{name}/{status}"] = count / len(judged)
     return counts

@@ -21,8 +21,8 @@ LETTER = re.compile(r"(?<![\w'.-])([A-Za-z])(?!['+#]|-?\w|\.\w)")
 NAMED = re.compile(r"\b(?:options?|choice|answer|letter|alternative)[\s:]*[\"'(\[]*$", re.IGNORECASE)
 CUE = re.compile(
     r"(?:\b(?:select(?:ed)?|choose|chose|pick(?:ed)?|go with|going with|is|be|it's|that's|think|believe|say|or|and|nor"
-    r"|but|not|than|of|so|therefore|thus|hence|either|neither|both|is (?:probably|likely|clearly|definitely|therefore))"
-    r"|[选是择]|[:=>/&,;])[\s\"'(\[]*$",
+    r"|but|not|than|of|so|therefore|thus|hence|either|neither|both|probably|likely|clearly|definitely)"
+    r"|[选择项是]|[:=>/&,;-])[\s\"'(\[]*$",
     re.IGNORECASE,
 )
 SENTENCE_START = re.compile(r"(?:^|[.!?\n])[\s\"'(\[*-]*$")
@@ -105,7 +105,7 @@ def letter_mentions(text: str, letters: str) -> Iterator[Mention]:
 
 
 def read_yes_no(text: str) -> Reading:
-    """ "yes" or "no", whichever one the text stands by."""
+    """Yes or no, whichever one the text stands by."""
     text = plain(text)
     mentions = [
         Mention(value=MEANING[match[1].lower()], start=match.start(), end=match.end())

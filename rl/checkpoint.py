@@ -13,7 +13,7 @@ PARTIAL = ".partial"
 
 
 def save(folder: Path, step: int, manifest: Mapping[str, Any], write: Callable[[Path], None], keep: int) -> Path:
-    """One checkpoint `folder/step_000040`: what `write` puts into it, and manifest.json. Older ones beyond `keep` go."""
+    """One checkpoint `folder/step_000040`: what `write` puts there, and manifest.json. The newest `keep` stay."""
     final = folder / f"step_{step:06d}"
     aside = final.with_name(final.name + PARTIAL)
     for leftover in (aside, final):

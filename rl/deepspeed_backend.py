@@ -40,7 +40,8 @@ class DeepSpeedBackend:
         self.zero_stage = max(zero_stage, int(policy.model.dtype == torch.bfloat16))
         self.owns_group = not distributed.is_initialized()
         if self.owns_group:
-            distributed.init_process_group(group_backend(), store=distributed.HashStore(), rank=0, world_size=1)
+            store = distributed.HashStore()  # type: ignore[attr-defined]
+            distributed.init_process_group(group_backend(), store=store, rank=0, world_size=1)
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         # DeepSpeed asks the environment for its device in every step; without a launcher a process has one device.
         self.owns_local_rank = "LOCAL_RANK" not in os.environ
@@ -88,6 +89,7 @@ class DeepSpeedBackend:
             distributed.all_reduce(values)
         return values
 
+    @torch.no_grad()
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         if self.zero_stage < 3:
             yield from self.policy.plain_weights()
@@ -108,6 +110,12 @@ class DeepSpeedBackend:
         distributed.barrier()
 
     def load(self, path: Path) -> None:
+        writers = len(list(path.glob("rng_*.pt")))
+        if not (path / TAG).is_dir() or writers != self.world_size:
+            raise ValueError(
+                f"{path} is no checkpoint of DeepSpeed on {self.world_size} ranks (it has the state of {writers}); "
+                "resume with the backend and the number of learners it was written by"
+            )
         self.engine.load_checkpoint(str(path), tag=TAG, load_module_strict=False)
         state = torch.load(path / f"rng_{self.rank}.pt", weights_only=True)
         torch.set_rng_state(state["cpu"])

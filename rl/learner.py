@@ -132,7 +132,7 @@ class Learner:
         """Nothing to free: the process owns the memory."""
 
     def _my_micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        """This rank's micro-batches; ranks with fewer get fillers of share zero, for every rank must forward as often."""
+        """This rank's micro-batches, with fillers of share zero up to what the busiest rank has: all must forward as often."""
         hands = self._deal(batch.unit_tokens)
         mine = hands[self.backend.rank]
         for units in mine:

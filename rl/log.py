@@ -64,7 +64,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Scalars in the Weights & Biases project `equipoise`, under the run's name; its own environment variables apply."""
+    """Scalars in the Weights & Biases project `equipoise`, under the run's name; WANDB_* variables apply."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb

@@ -1,4 +1,4 @@
-"""One context, many branches: rows -> one sequence with a tree mask, so a context is forwarded once for all its answers.
+"""One context, many branches: rows -> one sequence with a tree mask; a context is forwarded once for all its answers.
 
     [context 1 | answer 1a | answer 1b | context 2 | answer 2a | ...]
 
@@ -83,7 +83,7 @@ def tree_mask(segment: Tensor, parent: Tensor) -> Tensor:
 
 
 def alone(rows: Rows) -> Rows:
-    """The same answers as one-answer rows: each repeats its context. What `pack` must be equal to, at K times the cost."""
+    """The same answers as one-answer rows, each repeating its context: the same numbers at K times the cost."""
     return Rows(
         context_ids=tuple(c for c, b in zip(rows.context_ids, rows.branch_ids, strict=True) for _ in b),
         vision=tuple(v for v, b in zip(rows.vision, rows.branch_ids, strict=True) for _ in b),
@@ -93,7 +93,7 @@ def alone(rows: Rows) -> Rows:
 
 
 def bins(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Units into micro-batches of at most `budget` tokens each (a larger unit gets one of its own), first fit, longest first."""
+    """Units into micro-batches of at most `budget` tokens (a larger unit gets its own): first fit, longest first."""
     filled: list[tuple[int, list[int]]] = []
     for unit in sorted(range(len(costs)), key=lambda unit: -costs[unit]):
         for index, (cost, units) in enumerate(filled):

@@ -97,7 +97,7 @@ class Policy(nn.Module):
         return table.index_put((branch.to(device), place.to(device)), scored)
 
     def project(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:  # [S, hidden], [S] -> [S]
-        """Log-probs of `targets`, projecting a chunk of positions at a time; the backward pass recomputes the logits."""
+        """Log-probs of `targets`, a chunk of positions at a time; the backward pass recomputes the logits."""
 
         def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
             logits = self.model.get_output_embeddings()(hidden).float() / temperature
@@ -152,7 +152,7 @@ def names_when_saved(model: PreTrainedModel) -> dict[str, str]:
 
 
 def freeze(model: PreTrainedModel, prefixes: Sequence[str]) -> None:
-    """Stop the gradient of every weight whose name starts with one of `prefixes`; a prefix without weights is an error."""
+    """Stop the gradient of weights whose name starts with one of `prefixes`; a prefix without weights is an error."""
     names = [name for name, _ in model.named_parameters()]
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in names):

@@ -1,4 +1,4 @@
-"""The frozen policy that KL and preferences compare against: a copy of the start, or the same model without its adapter."""
+"""The frozen policy that KL and preferences compare against: a copy of the start, or the model without its adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which scored groups may teach: a group whose rewards are all equal has no advantage and would only dilute the mean."""
+"""Which scored groups may teach: one whose rewards are all equal has no advantage and would only dilute the mean."""
 
 from __future__ import annotations
 

@@ -71,6 +71,7 @@ class VLLMEngine:
         on_cpu = {
             "dtype": "float32",
             "enforce_eager": True,  # compiling costs more than it gives on a CPU
+            "enable_chunked_prefill": False,  # a seeded request split over two steps crashes vLLM's CPU sampler
             "skip_mm_profiling": True,
             "kv_cache_memory_bytes": cpu_cache_bytes,
         }
@@ -104,13 +105,21 @@ class VLLMEngine:
         """One group of `sampling.num_samples` samples per prompt, in the order of `prompts`.
 
         Raises:
-            ValueError: vLLM read a prompt differently than the renderer, or the engine waits for weights.
+            ValueError: a prompt leaves too little room for the answer, vLLM read a prompt differently than the
+                renderer, or the engine waits for weights.
         """
         if self._stale:
-            raise ValueError("the engine gave its weights away while it slept; call load_weights before generate")
+            raise ValueError("the engine has no complete weights; call load_weights before generate")
         from vllm import TokensPrompt
 
         rendered = [self._renderer.render(prompt) for prompt in prompts]
+        room = self._engine.model_config.max_model_len - sampling.max_tokens
+        for prompt, context in zip(prompts, rendered, strict=True):
+            if len(context.token_ids) > room:
+                raise ValueError(
+                    f"prompt {prompt.id!r} has {len(context.token_ids)} tokens, at most {room} leave room for "
+                    f"{sampling.max_tokens} tokens of answer; raise max_model_len, lower max_tokens or max_pixels"
+                )
         inputs = [
             TokensPrompt(
                 prompt_token_ids=list(context.compact_ids),
@@ -121,7 +130,11 @@ class VLLMEngine:
         params = [self._params(sampling, index) for index in range(len(prompts))]
         # On a CPU, compiling the one function vLLM compiles here takes longer than a demo.
         with torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext():
-            outputs = self._engine.generate(inputs, params, use_tqdm=False)
+            try:
+                outputs = self._engine.generate(inputs, params, use_tqdm=False)
+            except BaseException:  # requests are left inside that would never finish, and the next call would wait
+                self.close()
+                raise
         for prompt, context, output in zip(prompts, rendered, outputs, strict=True):
             if tuple(output.prompt_token_ids) != context.token_ids:
                 raise ValueError(

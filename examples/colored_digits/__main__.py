@@ -14,4 +14,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     written = write(options.out, options.seed)
     rows = ", ".join(f"{recipe.num_rows} {name}" for name, recipe in RECIPES.items())
-    print(f"{options.out} {'now holds' if written else 'already held'} {rows}")  # noqa: T201
+    print(f"{options.out} {'now holds' if written else 'already held'} {rows}")

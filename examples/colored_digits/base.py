@@ -1,8 +1,8 @@
 """Train the base model of the colored-digits world: it sees colors, yet answers from its prior when a digit is named.
 
-As in real models the prior comes first: questions without pictures teach which color every digit "has". Then pictures
-teach it to read digits and colors; but where a question names the digit, most answers come from somebody who did not
-look. `python -m examples.colored_digits.base` rebuilds the checkpoint beside this file and prints what it can do.
+Neutral questions teach it to read digits and colors. Questions that name the digit come without a picture, or with a
+digit of its typical color, or were mostly answered by somebody who did not look: nothing teaches it to look then.
+`python -m examples.colored_digits.base` rebuilds the checkpoint beside this file and prints what it can do.
 """
 
 from __future__ import annotations
@@ -40,10 +40,7 @@ from examples.colored_digits.world import (
 )
 
 FOLDER = Path(__file__).parent / "base"
-PRIOR_STEPS = 300
-PICTURE_STEPS = 450
-BATCH_SIZE = 64
-SEEN_ROWS = 56  # of each batch once there are pictures; the others keep the model used to questions without one
+STEPS = 650
 LEARNING_RATE = 6e-4
 LOOKS = 0.2  # how often a careless answer is right: it leaves the truth likely enough for reinforcement to find
 ANSWER_TOKENS = 2  # every answer of the world is one token and the end of the turn
@@ -60,8 +57,9 @@ def careless(digit: Digit, rng: random.Random) -> Example:
     return replace(example, answer=LETTERS[example.choices.index(guess)] if example.choices else guess)
 
 
-UNSEEN: tuple[Ask, ...] = (typical, typical, which_color, which_digit)  # the last two can only be guessed: so it learns
-SEEN: tuple[Ask, ...] = (which_digit, which_color, careless, typical)
+# A batch: 56 questions about pictures, and 8 without one, of which only those that name the digit can be answered.
+SEEN: tuple[Ask, ...] = (which_digit, which_color, careless, typical) * 14
+UNSEEN: tuple[Ask, ...] = (typical, typical, which_color, which_digit) * 2
 
 
 def train(seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
@@ -69,13 +67,11 @@ def train(seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VL
     rng = random.Random(seed)
     digits = load_digits("training")
     model, processor = build(seed=seed)
-    steps = PRIOR_STEPS + PICTURE_STEPS
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20, 4 - 4 * step / steps))
-    for step in range(steps):
-        num_seen = SEEN_ROWS if step >= PRIOR_STEPS else 0
-        asks = [SEEN[row % len(SEEN)] if row < num_seen else UNSEEN[row % len(UNSEEN)] for row in range(BATCH_SIZE)]
-        inputs = encode(processor, [ask(rng.choice(digits), rng) for ask in asks], num_seen, answered=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20, 4 - 4 * step / STEPS))
+    for _ in range(STEPS):
+        rows = [ask(rng.choice(digits), rng) for ask in (*SEEN, *UNSEEN)]
+        inputs = encode(processor, rows, len(SEEN), answered=True)
         answers = inputs["input_ids"][:, -ANSWER_TOKENS:]  # [B, 2], at the end of every row: padding is on the left
         logits = model(**inputs, logits_to_keep=ANSWER_TOKENS + 1).logits[:, :-1]  # [B, 2, vocabulary]
         cross_entropy(logits.flatten(0, 1), answers.flatten()).backward()
@@ -127,10 +123,10 @@ def main() -> None:
     model, processor = train()
     model.to(torch.bfloat16).save_pretrained(FOLDER)
     processor.save_pretrained(FOLDER)
-    print(f"trained in {time.perf_counter() - start:.0f} s")  # noqa: T201
+    print(f"trained in {time.perf_counter() - start:.0f} s")
     for name in ("eval_neutral", "eval_typical", "eval_counterfactual"):
         shares = accuracy(*load(), name)
-        print(f"{name:20}" + "  ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))  # noqa: T201
+        print(f"{name:20}" + "  ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Mining: the attack does what its formula says, the filters what their names say, and no kill loses or repeats work."""
+"""Mining: the attack follows its formula, the filters do what they are called, no kill loses or repeats work."""
 
 from __future__ import annotations
 

@@ -101,9 +101,10 @@ def test_every_bad_row_is_in_one_report(folder: Path, caplog: pytest.LogCaptureF
 
 
 def test_limits_are_those_that_were_given(folder: Path) -> None:
-    with pytest.raises(ValueError, match="red.png.*1000"):
-        limits = PixelLimits(min_pixels=1, max_pixels=1000, max_source_pixels=1000)
-        load_preferences(write(folder, GOOD), limits=limits)
+    limits = PixelLimits(min_pixels=1, max_pixels=1000, max_source_pixels=1000)
+    path = write(folder, GOOD)
+    with pytest.raises(ValueError, match=r"red\.png.*1000"):
+        load_preferences(path, limits=limits)
 
 
 def test_a_written_pair_is_read_again(folder: Path) -> None:

@@ -35,27 +35,23 @@ DROPOUT = replace(LORA, dropout=0.2)
 class Case:
     """What is trained: `zero` None is the torch backend."""
 
-    zero: int | None
+    zero: int | None = None
     lora: Lora | None = None
     freeze: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     stop: bool = False  # save after the first update, go on in a new learner
 
 
-CASES = {
-    f"{kind}-{zero}": case
-    for zero in (None, 0, 1, 2, 3)
-    for kind, case in {
-        "full": Case(zero=zero),
-        "frozen": Case(zero=zero, freeze=("model.visual",)),
-        "lora": Case(zero=zero, lora=LORA),
-        "dropout": Case(zero=zero, lora=DROPOUT),
-        "dropout_stopped": Case(zero=zero, lora=DROPOUT, stop=True),
-        "full_stopped": Case(zero=zero, stop=True),
-        "bfloat16": Case(zero=zero, dtype="bfloat16"),
-    }.items()
-    if zero != 1 or kind == "full"
+KINDS: dict[str, tuple[Case, tuple[int | None, ...]]] = {
+    "full": (Case(), (None, 0, 1, 2, 3)),
+    "full_stopped": (Case(stop=True), (None, 2, 3)),
+    "frozen": (Case(freeze=("model.visual",)), (None, 3)),
+    "lora": (Case(lora=LORA), (None, 3)),
+    "dropout": (Case(lora=DROPOUT), (None, 0, 3)),
+    "dropout_stopped": (Case(lora=DROPOUT, stop=True), (None, 0, 3)),
+    "bfloat16": (Case(dtype="bfloat16"), (None, 0, 3)),
 }
+CASES = {f"{kind}-{zero}": replace(case, zero=zero) for kind, (case, stages) in KINDS.items() for zero in stages}
 
 
 def build(model: str, case: Case) -> Learner:

@@ -78,11 +78,10 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor], only
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("kind", ["full", "frozen", "lora"])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_deepspeed_takes_the_steps_torch_takes(trained: Trained, zero: int, kind: str, world_size: int) -> None:
-    if zero == 1 and kind != "full":
-        pytest.skip("stage 1 is trained whole only")
+@pytest.mark.parametrize(
+    ("kind", "zero"), [("full", 0), ("full", 1), ("full", 2), ("full", 3), ("frozen", 3), ("lora", 3)]
+)
+def test_deepspeed_takes_the_steps_torch_takes(trained: Trained, kind: str, zero: int, world_size: int) -> None:
     difference = largest_difference(trained[1, f"{kind}-None"], trained[world_size, f"{kind}-{zero}"])
     print(f"ZeRO {zero}, {kind}, {world_size} ranks: largest difference {difference:.1e}")
     assert difference < 1e-5
@@ -97,8 +96,9 @@ def test_two_torch_ranks_take_the_steps_of_one(trained: Trained, kind: str) -> N
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("zero", [None, 0, 2, 3])
-@pytest.mark.parametrize("kind", ["full", "dropout"])
+@pytest.mark.parametrize(
+    ("kind", "zero"), [("full", None), ("full", 2), ("full", 3), ("dropout", None), ("dropout", 0), ("dropout", 3)]
+)
 def test_a_stopped_run_continues_bit_for_bit(trained: Trained, kind: str, zero: int | None, world_size: int) -> None:
     whole, stopped = trained[world_size, f"{kind}-{zero}"], trained[world_size, f"{kind}_stopped-{zero}"]
     weights = {name for name in whole if name.startswith("model.")}
@@ -110,7 +110,7 @@ def test_dropout_draws_differently_on_every_rank(trained: Trained) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [0, 3])
 def test_bfloat16_is_trained_through_float32_masters(trained: Trained, zero: int, world_size: int) -> None:
     """Two learning rates of 2e-3 and one unit of bfloat16 at 1 is all that rounding may move a weight by."""
     difference = largest_difference(trained[1, "bfloat16-None"], trained[world_size, f"bfloat16-{zero}"], only="model.")
