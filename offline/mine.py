@@ -62,7 +62,8 @@ class Mined:
     pairs: int
     dropped: Mapping[str, int]  # reason -> prompts
     mean_information_gain: float  # nats per answer token, over every prompt with a picture
-    attack_success: float  # share of attacked pictures that the model then answers wrongly
+    wrong_before: float  # share of attacked prompts that the model answered wrongly from the clean picture already
+    attack_success: float  # of those it had answered rightly, the share it answers wrongly from the attacked picture
     seconds: float  # of this process
 
 
@@ -122,10 +123,11 @@ class Miner:
         self.fingerprint = weights_fingerprint(policy)
         self.pixels = PixelPath(self.renderer)
         self.attack = AnswerAttack(self.policy, self.pixels, config.attack)
+        self.engine = HFEngine(policy.model, self.renderer, config.batch_size)
         # An attacked picture has the size the model sees; it is shown as it is.
         as_it_is = replace(config.pixels, min_pixels=1, max_pixels=config.pixels.max_source_pixels)
         shown_as_it_is = Renderer.load(config.model.path, revision=config.model.revision, limits=as_it_is)
-        self.engine = HFEngine(policy.model, shown_as_it_is, config.batch_size)
+        self.engine_of_attacked = HFEngine(policy.model, shown_as_it_is, config.batch_size)
 
     def problem(self, prompt: Prompt) -> str | None:
         """Why nothing can be mined from `prompt`."""
@@ -160,17 +162,26 @@ class Miner:
         clean = [tuple(self.pixels.resized(p).float() / 255 for p in self.renderer.pictures(q)) for q in prompts]
         changed: list[Pictures] = self.attack(clean, rows, [self.seed(prompt) for prompt in prompts])
         names = [[self.stored(png(picture), ".png") for picture in pictures] for pictures in changed]
-        groups = self.engine.generate(
+        greedy = Sampling(temperature=0.0, max_tokens=self.config.max_tokens)
+        clean_groups = self.engine.generate(prompts, greedy)
+        groups = self.engine_of_attacked.generate(
             [with_images(prompt, self.config.folder, shown) for prompt, shown in zip(prompts, names, strict=True)],
-            Sampling(temperature=0.0, max_tokens=self.config.max_tokens),
+            greedy,
         )
         with torch.no_grad():
             before = mean_logprobs(self.policy, rows).tolist()
             vision = tuple(self.pixels(pictures) for pictures in changed)
             after = mean_logprobs(self.policy, replace(rows, vision=vision)).tolist()
         records = []
-        for prompt, group, shown, b, a in zip(prompts, groups, names, before, after, strict=True):
-            measured = {"information_gain": gains[prompt.id], "chosen_logprob": {"clean": b, "attacked": a}}
+        for prompt, group, clean_group, shown, b, a in zip(
+            prompts, groups, clean_groups, names, before, after, strict=True
+        ):
+            measured = {
+                "information_gain": gains[prompt.id],
+                "chosen_logprob": {"clean": b, "attacked": a},
+                "clean_answer": clean_group.samples[0].text,
+                "clean_correct": is_correct(prompt, clean_group.samples[0].text),
+            }
             records.append(self.judged(prompt, group.samples[0], shown, measured))
         return records
 
@@ -291,10 +302,12 @@ def weights_fingerprint(policy: Policy) -> str:
 def summarise(records: Sequence[Record], num_pairs: int, seconds: float) -> Mined:
     gains = [record["information_gain"] for record in records if record["information_gain"] is not None]
     attacked = [record for record in records if "correct" in record]
+    right_before = [record for record in attacked if record["clean_correct"]]
     return Mined(
         pairs=num_pairs,
         dropped=dict(Counter(record["outcome"] for record in records if record["outcome"] != KEPT)),
         mean_information_gain=sum(gains) / max(1, len(gains)),
-        attack_success=sum(not record["correct"] for record in attacked) / max(1, len(attacked)),
+        wrong_before=1 - len(right_before) / max(1, len(attacked)),
+        attack_success=sum(not record["correct"] for record in right_before) / max(1, len(right_before)),
         seconds=round(seconds, 1),
     )

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._C._distributed_c10d import HashStore
 
+from rl import ranks
 from rl.batch import Rows
 from rl.optimizer import Optimizer
 from rl.policy import Policy
@@ -40,8 +42,7 @@ class DeepSpeedBackend:
         self.zero_stage = max(zero_stage, int(policy.model.dtype == torch.bfloat16))
         self.owns_group = not distributed.is_initialized()
         if self.owns_group:
-            store = distributed.HashStore()  # type: ignore[attr-defined]
-            distributed.init_process_group(group_backend(), store=store, rank=0, world_size=1)
+            ranks.join(HashStore(), rank=0, world_size=1, timeout_s=60)
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         # DeepSpeed asks the environment for its device in every step; without a launcher a process has one device.
         self.owns_local_rank = "LOCAL_RANK" not in os.environ
@@ -189,8 +190,3 @@ def picture_of(rows: Rows) -> Rows:
 def random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
-
-
-def group_backend() -> str:
-    """gloo for what lies in main memory, NCCL for what lies on a GPU."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

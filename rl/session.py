@@ -139,7 +139,8 @@ class Session:
         AutoConfig.from_pretrained(model.path, revision=model.revision).save_pretrained(folder)
         GenerationConfig.from_pretrained(model.path, revision=model.revision).save_pretrained(folder)
         self.renderer.processor.save_pretrained(folder)
-        save_torch_state_dict(dict(self.learner.weights()), folder)
+        # ZeRO's weights are views into one flat buffer: each is copied out of it.
+        save_torch_state_dict({name: tensor.cpu().clone() for name, tensor in self.learner.weights()}, folder)
 
     def show(self, summary: Summary) -> None:
         table = Table("", *summary.final, title=f"{self.config.name}: held-out accuracy")

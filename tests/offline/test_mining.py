@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from offline.config import MineConfig
 from offline.journal import Journal
-from offline.mine import mine, rejection_problem
+from offline.mine import mine, rejection_problem, summarise
 from offline.negatives import PGD, AnswerAttack, Pictures, image_information_gain, mean_logprobs
 from offline.preferences import load_preferences
 from rl.batch import Rows
@@ -292,6 +292,7 @@ def test_a_job_writes_pairs_that_load(config: MineConfig, renderer: Renderer) ->
         }
         assert provenance["chosen_logprob"]["attacked"] < provenance["chosen_logprob"]["clean"]
         assert len(provenance["model"]) == 64
+        assert provenance["clean_answer"] == records[pair.prompt.id]["clean_answer"]
         for image, name in zip(pair.prompt.images, provenance["attacked_images"], strict=True):
             clean = pixels.resized(PIL.Image.open(image.path)).float()
             attacked = torch.tensor(np.asarray(PIL.Image.open(config.folder / name))).permute(2, 0, 1).float()
@@ -320,6 +321,18 @@ def test_the_rejected_answer_is_the_models_own_about_the_attacked_picture(
             **context.vision,
         )
         assert renderer.decode(output[0, ids.shape[1] :].tolist()) == line["rejected"]
+
+
+def test_success_is_not_what_the_model_got_wrong_anyway() -> None:
+    """Four attacked prompts: two were wrong on the clean picture already; of the other two the attack turned one."""
+    answers = [(False, False), (False, True), (True, True), (True, False)]
+    records = [
+        {"id": str(i), "outcome": "kept", "information_gain": 1.0, "clean_correct": before, "correct": after}
+        for i, (before, after) in enumerate(answers)
+    ]
+    unattacked = {"id": "low", "outcome": "low_information_gain", "information_gain": 0.0}
+    mined = summarise([*records, unattacked], num_pairs=4, seconds=1.0)
+    assert (mined.wrong_before, mined.attack_success, mined.mean_information_gain) == (0.5, 0.5, 0.8)
 
 
 def test_a_cut_off_keeps_what_gains_enough(config: MineConfig) -> None:

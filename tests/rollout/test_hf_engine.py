@@ -84,7 +84,8 @@ def test_frequencies_follow_the_reported_probabilities(engine: HFEngine, prompts
 def test_placeholders_are_never_drawn(model: Qwen, renderer: Renderer, prompts: list[Prompt]) -> None:
     banned = sorted(renderer.placeholder_token_ids)
     with torch.no_grad():
-        model.lm_head.weight[banned] = 20 * model.lm_head.weight[renderer.end_token_id + 10]
+        model.lm_head.weight[banned[::2]] = 5000 * model.lm_head.weight[renderer.end_token_id + 10]
+        model.lm_head.weight[banned[1::2]] = -5000 * model.lm_head.weight[renderer.end_token_id + 10]
     groups = HFEngine(model, renderer).generate(prompts, Sampling(num_samples=32, max_tokens=16, temperature=5.0))
     drawn = {token_id for group in groups for sample in group.samples for token_id in sample.token_ids}
     assert len(drawn) > 100
