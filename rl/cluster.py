@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,8 @@ from rollout.seeds import prompt_seed
 from rollout.types import Engine, Group, Prompt, Sampling
 
 GOODBYE_S = 10  # how long an actor may take to close before it is killed
+
+Ask = Callable[[Any], ray.ObjectRef]  # an actor -> where its answer will be
 
 
 @contextmanager
@@ -261,20 +263,21 @@ class RemoteEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         stored = weights if isinstance(weights, StoredWeights) else StoredWeights.put(weights)
-        calls = {name: actor.load_weights.remote(stored.reference, version) for name, actor in self.actors.items()}
-        gather("load_weights", calls, self.cluster.call_timeout_s)
+        self.ask_all("load_weights", lambda engine: engine.load_weights.remote(stored.reference, version))
 
     @contextmanager
     def asleep(self) -> Iterator[None]:
-        timeout_s = self.cluster.call_timeout_s
-        gather("sleep", {name: actor.sleep.remote() for name, actor in self.actors.items()}, timeout_s)
+        self.ask_all("sleep", lambda engine: engine.sleep.remote())
         try:
             yield
         finally:
-            gather("wake", {name: actor.wake.remote() for name, actor in self.actors.items()}, timeout_s)
+            self.ask_all("wake", lambda engine: engine.wake.remote())
 
     def close(self) -> None:
         dismiss(self.actors)
+
+    def ask_all(self, what: str, ask: Ask) -> None:
+        gather(what, {name: ask(actor) for name, actor in self.actors.items()}, self.cluster.call_timeout_s)
 
 
 class RemoteLearner:
@@ -300,33 +303,35 @@ class RemoteLearner:
 
     def logprobs(self, rows: Rows) -> Tensor:
         stored = ray.put(rows)
-        return self.first("logprobs", {name: actor.logprobs.remote(stored) for name, actor in self.actors.items()})
+        scored: Tensor = self.ask_all("logprobs", lambda rank: rank.logprobs.remote(stored))
+        return scored
 
     def reference_logprobs(self, rows: Rows) -> Tensor:
         stored = ray.put(rows)
-        calls = {name: actor.reference_logprobs.remote(stored) for name, actor in self.actors.items()}
-        return self.first("reference_logprobs", calls)
+        scored: Tensor = self.ask_all("reference_logprobs", lambda rank: rank.reference_logprobs.remote(stored))
+        return scored
 
     def update(self, *parts: Part) -> Metrics:
         stored = ray.put(parts)
-        return self.first("update", {name: actor.update.remote(stored) for name, actor in self.actors.items()})
+        metrics: Metrics = self.ask_all("update", lambda rank: rank.update.remote(stored))
+        return metrics
 
     def weights(self) -> StoredWeights:
-        calls = {name: actor.store_weights.remote() for name, actor in self.actors.items()}
-        (reference,) = self.first("weights", calls)
+        (reference,) = self.ask_all("weights", lambda rank: rank.store_weights.remote())
         return StoredWeights(reference)
 
     def save(self, path: Path) -> None:
-        self.first("save", {name: actor.save.remote(path) for name, actor in self.actors.items()})
+        self.ask_all("save", lambda rank: rank.save.remote(path))
 
     def load(self, path: Path) -> None:
-        self.first("load", {name: actor.load.remote(path) for name, actor in self.actors.items()})
+        self.ask_all("load", lambda rank: rank.load.remote(path))
 
     def close(self) -> None:
         dismiss(self.actors)
 
-    def first(self, what: str, calls: Mapping[str, ray.ObjectRef]) -> Any:
-        """What the first rank returns, once every rank is done."""
+    def ask_all(self, what: str, ask: Ask) -> Any:
+        """What the first rank answers, once every rank is done."""
+        calls = {name: ask(actor) for name, actor in self.actors.items()}
         return gather(what, calls, self.cluster.call_timeout_s)[0]
 
 

@@ -12,8 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from rollout import images as pixels
-from rollout.images import PixelLimits
+from rollout.images import PixelLimits, problem
 from rollout.types import Image, Message, Prompt
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ class Row:
             except ValueError as error:
                 self.note(field, name, "a path inside the folder of the JSONL file", str(error))
                 continue
-            if (reason := pixels.problem(image.path, limits)) is not None:
+            if (reason := problem(image.path, limits)) is not None:
                 self.note(field, name, "a picture", reason)
             found.append(image)
         return tuple(found)

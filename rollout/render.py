@@ -16,8 +16,7 @@ import PIL.Image
 from torch import Tensor
 from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from rollout import images as pixels
-from rollout.images import PixelLimits
+from rollout.images import PixelLimits, load
 from rollout.types import Prompt, Sample
 
 # Tokens with one of these in their name stand for media: <|image_pad|>, <|vision_start|>, <image>, [IMG_BREAK], ...
@@ -95,7 +94,7 @@ class Renderer:
 
     def pictures(self, prompt: Prompt) -> list[PIL.Image.Image]:
         """The prompt's images, decoded and within the limits, in the order the template places them."""
-        return [pixels.load(image, self.limits) for image in prompt.images]
+        return [load(image, self.limits) for image in prompt.images]
 
     def render(self, prompt: Prompt, *, images: Sequence[PIL.Image.Image] | None = None) -> Rendered:
         """Token ids and vision tensors of `prompt`, up to where the answer begins.

@@ -63,7 +63,7 @@ UNSEEN: tuple[Ask, ...] = (typical, typical, which_color, which_digit) * 2
 
 
 def train(seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
-    """The base model in float32 and its processor, after some minutes on two cores."""
+    """The base model in float32 and its processor, after about four minutes on one core."""
     rng = random.Random(seed)
     digits = load_digits("training")
     model, processor = build(seed=seed)
