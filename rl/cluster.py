@@ -106,12 +106,18 @@ def started(cluster: Cluster) -> Iterator[None]:
     """Inside, this process is connected to a Ray: its own, or the running one that the config or RAY_ADDRESS names."""
     own = cluster.address is None and "RAY_ADDRESS" not in os.environ
     before = dict(os.environ)
-    ray.init(
-        address="local" if own else cluster.address,
-        include_dashboard=False if own else None,
-        log_to_driver=False,  # what matters comes back as a result or as an error
-        logging_level=logging.ERROR,
-    )
+    try:
+        ray.init(
+            address="local" if own else cluster.address,
+            include_dashboard=False if own else None,
+            log_to_driver=False,  # what matters comes back as a result or as an error
+            logging_level=logging.ERROR,
+        )
+    except ConnectionError as error:  # Ray's own message names no key of the config
+        raise ValueError(
+            f"cluster.address is {cluster.address!r}, but no Ray answers there ({error}); "
+            "start one with `ray start --head`, or leave the address out to use one of the run's own"
+        ) from None
     set_by_ray = [name for name, value in os.environ.items() if before.get(name) != value]
     share_tensors()
     try:

@@ -136,10 +136,10 @@ def test_a_remote_engine_answers_as_a_local_one(
             if version:
                 local.load_weights(weights, version)
                 remote.load_weights(iter(weights), version)
-            groups, expected = remote.generate(prompts, SAMPLING), local.generate(prompts, SAMPLING)
+            groups = remote.generate(prompts, SAMPLING)
             assert [group.prompt for group in groups] == prompts
-            own = len(prompts) // num_engines  # the first engine draws as the local one does
-            assert groups[:own] == expected[:own]
+            share = len(prompts) // num_engines  # of which the first engine draws as the local one does
+            assert groups[:share] == local.generate(prompts[:share], SAMPLING)
             assert {sample.policy_version for group in groups for sample in group.samples} == {version}
             with remote.asleep():
                 pass
@@ -206,22 +206,42 @@ def test_a_dead_actor_is_named(config: RunConfig, prompts: list[Prompt], running
             engine.generate(prompts, SAMPLING)
 
 
-def test_the_config_joins_the_ray_that_the_environment_names(running_ray: str) -> None:
-    """As inside `ray job submit`: no second Ray is started, and the first one outlives the run."""
+def test_a_run_joins_the_ray_that_the_environment_names(
+    tiny_model: Path, prompts: list[Prompt], running_ray: str, tmp_path: Path
+) -> None:
+    """As inside `ray job submit`: the whole run is placed on the Ray there is, which outlives it."""
     import ray
 
-    script = """
+    script = f"""
 import ray
+from pathlib import Path
+from rl.cluster import on_ray
+from rl.config import Cluster, RunConfig
+from rl.policy import Model
+
+config = RunConfig(name="joins", model=Model(path={str(tiny_model)!r}, dtype="float32"), cluster=Cluster())
+with on_ray(config, needs_reference=False) as (engine, learner):
+    engine.load_weights(learner.weights(), version=1)
+    learner.save(Path("checkpoint"))
+    print(ray.get_runtime_context().gcs_address, len(ray.nodes()), ray.available_resources()["CPU"])
+"""
+    assert run(script, cwd=tmp_path, RAY_ADDRESS=running_ray).split() == [running_ray, "1", "2.0"]
+    assert (tmp_path / "checkpoint").is_dir()  # a relative path is the driver's
+    assert ray.cluster_resources()["CPU"] == 4
+
+
+def test_an_address_without_a_ray_is_a_mistake() -> None:
+    script = """
 from rl.cluster import started
 from rl.config import Cluster
 
-with started(Cluster()):
-    print(ray.get_runtime_context().gcs_address, len(ray.nodes()))
+try:
+    with started(Cluster(address="127.0.0.1:9")):
+        pass
+except ValueError as error:
+    print(error)
 """
-    output = run(script, RAY_ADDRESS=running_ray)
-    assert output.split() == [running_ray, "1"]
-    assert ray.is_initialized()
-    assert ray.cluster_resources()["CPU"] == 4
+    assert run(script).startswith("cluster.address is '127.0.0.1:9', but no Ray answers there")
 
 
 def test_a_ray_of_its_own_leaves_nothing_behind() -> None:
@@ -241,7 +261,9 @@ print(len(psutil.Process().children(recursive=True)), before == dict(os.environ)
     assert (after, same_environment) == ("0", "True")
 
 
-def run(script: str, **environment: str) -> str:
+def run(script: str, cwd: Path | None = None, **environment: str) -> str:
     """What `script` prints in a process of its own."""
     command = [sys.executable, "-c", script]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout
+    ended = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
