@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from offline.preferences import Preference
+from offline.preferences import Preference, load_preferences
 from rl.batch import Rows
 from rollout.render import Renderer
 
@@ -47,6 +49,29 @@ class PreferenceBatch:
         cheapest = min(range(len(self.rows)), key=self.unit_tokens.__getitem__)
         unit = self.select([cheapest])
         return replace(unit, shares=unit.shares * 0)
+
+
+def checked_preferences(path: Path, renderer: Renderer, on_bad_rows: Literal["refuse", "skip"]) -> list[Preference]:
+    """The preferences of a file, each one renderable and with answers whose tokens differ."""
+    return load_preferences(
+        path,
+        check=lambda preference: problem(preference, renderer),
+        on_bad_rows=on_bad_rows,
+        limits=renderer.limits,
+    )
+
+
+def problem(preference: Preference, renderer: Renderer) -> str | None:
+    """Why a preference cannot be trained on, or None."""
+    if (reason := renderer.problem(preference.prompt)) is not None:
+        return reason
+    try:
+        answers = [renderer.encode_answer(text) for text in (preference.chosen, *preference.rejected.values())]
+    except ValueError as error:  # an answer spells a control token
+        return str(error)
+    if answers[0] in answers[1:]:
+        return "chosen and rejected are the same tokens; expected answers that differ; remove the row"
+    return None
 
 
 def preference_rows(preferences: Sequence[Preference], renderer: Renderer) -> Rows:

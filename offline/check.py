@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import yaml
 from rich.console import Console
 
+from offline.batch import checked_preferences
 from offline.compare import load_members
-from offline.config import CompareConfig, MBPOConfig, MineConfig, PreferenceConfig
-from offline.preferences import load_preferences
-from rewards.verifiers import gold_problem
-from rl.config import RLConfig, RunConfig, load
-from rl.session import load_suites, plain
-from rollout.prompts import load_prompts
+from offline.config import CompareConfig, MBPOConfig, MineConfig, Pairs, PreferenceConfig
+from rl.build import build_renderer
+from rl.config import RLConfig, load
+from rl.session import checked_prompts, checked_suites, plain
+from rollout.render import Renderer
 
 AnyConfig = CompareConfig | MineConfig | PreferenceConfig | RLConfig
 
@@ -38,31 +39,33 @@ def findings(config: AnyConfig) -> Iterator[str]:
             mined = mining.folder / "data.jsonl" if mining else None
             yield from (f"  {line}" for line in run_findings(member, to_be_mined=mined))
     elif isinstance(config, MineConfig):
-        prompts = load_prompts(config.source, check=gold_problem, on_bad_rows=config.on_bad_rows, limits=config.pixels)
+        renderer = Renderer.load(config.model.path, revision=config.model.revision, limits=config.pixels)
+        prompts = checked_prompts(config.source, renderer, config.on_bad_rows)
         yield f"{config.source}: {len(prompts)} prompts to mine from, into {config.folder}"
     else:
         yield from run_findings(config, to_be_mined=None)
 
 
-def run_findings(config: RunConfig, to_be_mined: object) -> Iterator[str]:
+def run_findings(config: RLConfig | PreferenceConfig, to_be_mined: Path | None) -> Iterator[str]:
     """The data of a training run and where its parts would live; pairs that a comparison mines first may be missing."""
+    renderer = build_renderer(config)
     if isinstance(config, RLConfig):
-        data = config.prompts
-        prompts = load_prompts(data.path, check=gold_problem, on_bad_rows=data.on_bad_rows, limits=config.pixels)
-        yield f"{data.path}: {len(prompts)} prompts, {data.per_step} a step, {config.sampling.num_samples} answers each"
-    pairs = (
-        config.offline if isinstance(config, MBPOConfig) else config if isinstance(config, PreferenceConfig) else None
-    )
-    if pairs is not None and pairs.pairs == to_be_mined and not pairs.pairs.exists():
-        yield f"{pairs.pairs}: mined first"
-    elif pairs is not None:
-        found = load_preferences(pairs.pairs, on_bad_rows=pairs.on_bad_rows, limits=config.pixels)
-        yield f"{pairs.pairs}: {len(found)} pairs, {pairs.per_step} a step"
-    for name, suite in load_suites(config).items():
+        prompts = checked_prompts(config.prompts.path, renderer, config.prompts.on_bad_rows)
+        answers = config.sampling.num_samples
+        yield f"{config.prompts.path}: {len(prompts)} prompts, {config.prompts.per_step} a step, {answers} answers each"
+    stream: PreferenceConfig | Pairs | None = config if isinstance(config, PreferenceConfig) else None
+    if isinstance(config, MBPOConfig):
+        stream = config.offline
+    if stream is not None and stream.pairs == to_be_mined and not stream.pairs.exists():
+        yield f"{stream.pairs}: mined first"
+    elif stream is not None:
+        pairs = checked_preferences(stream.pairs, renderer, stream.on_bad_rows)
+        yield f"{stream.pairs}: {len(pairs)} pairs, {stream.per_step} a step"
+    for name, suite in checked_suites(config, renderer).items():
         yield f"{config.evaluation.suites[name]}: {len(suite)} prompts to evaluate {name}"
     if config.cluster is None:
         yield "engine and learner in this process"
     else:
-        from rl.cluster import plan  # Ray is imported by those who use it
+        from rl.cluster import check_placement  # Ray is imported by those who use it
 
-        yield str(plan(config.cluster))
+        yield check_placement(config.cluster)

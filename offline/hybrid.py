@@ -17,10 +17,10 @@ from dataclasses import replace
 
 import torch
 
-from offline.batch import collate_preferences, preference_rows
+from offline.batch import checked_preferences, collate_preferences, preference_rows
 from offline.config import MBPOConfig
 from offline.losses.dpo import DPO
-from offline.preferences import Preference, load_preferences
+from offline.preferences import Preference
 from rl.advantages import Normalized
 from rl.batch import PolicyBatch
 from rl.build import build_renderer
@@ -41,7 +41,7 @@ class OfflineStream:
         self.config = config.offline
         self.updates_per_batch = config.updates_per_batch
         self.renderer = build_renderer(config)
-        pairs = load_preferences(self.config.pairs, on_bad_rows=self.config.on_bad_rows, limits=config.pixels)
+        pairs = checked_preferences(self.config.pairs, self.renderer, self.config.on_bad_rows)
         self.fingerprint = fingerprint(pairs)
         self.cursor = Cursor(pairs, self.config.per_step, config.seed)
 

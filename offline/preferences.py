@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,6 +37,7 @@ class Preference:
 def load_preferences(
     path: Path,
     *,
+    check: Callable[[Preference], str | None] = lambda preference: None,
     on_bad_rows: Literal["refuse", "skip"] = "refuse",
     limits: PixelLimits | None = None,
 ) -> list[Preference]:
@@ -46,6 +47,7 @@ def load_preferences(
     folder), `system`, `source`, `provenance` (how it was made) and, for closed questions, `kind`, `answer`, `choices`.
 
     Args:
+        check: what else is wrong with a preference, or None.
         on_bad_rows: "refuse" the file, or "skip" its bad rows with a warning in the log.
 
     Raises:
@@ -58,6 +60,8 @@ def load_preferences(
         if preference is not None and (other := preferences.get(preference.prompt.id)) is not None:
             expected = f"an id of its own, {other.prompt.source} has it too"
             row.note("id", preference.prompt.id, expected, "rename one")
+        if preference is not None and (reason := check(preference)) is not None:
+            row.problems.append(f"{row.source}: {reason}")
         if preference is not None and not row.problems:
             preferences[preference.prompt.id] = preference
         report.add(row)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from offline.batch import collate_preferences
+from offline.batch import checked_preferences, collate_preferences
 from offline.config import PreferenceConfig
-from offline.preferences import Preference, load_preferences
+from offline.preferences import Preference
+from rl.build import build_renderer
 from rl.learner import AnyLearner, Metrics, Part
 from rl.log import Clock
 from rl.session import Summary, session
@@ -36,8 +37,16 @@ def train_step(run: Run, step: int) -> Metrics:
 
 def train(config: PreferenceConfig, *, resume: bool = False) -> Summary:
     """The whole offline run. Neither Ray nor vLLM is imported unless the config asks for them."""
-    preferences = load_preferences(config.pairs, on_bad_rows=config.on_bad_rows, limits=config.pixels)
+    renderer = build_renderer(config)
+    preferences = checked_preferences(config.pairs, renderer, config.on_bad_rows)
     cursor = Cursor(preferences, config.per_step, config.seed)
-    with session(config, {"preferences": cursor}, fingerprint(preferences), needs_reference=True, resume=resume) as s:
-        run = Run(config=config, preferences=cursor, renderer=s.renderer, learner=s.learner, clock=s.clock)
+    with session(
+        config,
+        renderer,
+        {"preferences": cursor},
+        data_fingerprint=fingerprint(preferences),
+        needs_reference=True,
+        resume=resume,
+    ) as s:
+        run = Run(config=config, preferences=cursor, renderer=renderer, learner=s.learner, clock=s.clock)
         return s.run(lambda step: train_step(run, step))

@@ -19,7 +19,9 @@ def build_renderer(config: RunConfig) -> Renderer:
 
 def build_engine(config: RunConfig) -> Engine:
     """The engine that answers, with the weights the run starts from."""
-    return config.engine.build(config.model.path, build_renderer(config), config.model.dtype)
+    return config.engine.build(
+        config.model.path, build_renderer(config), revision=config.model.revision, dtype=config.model.dtype
+    )
 
 
 def build_learner(config: RunConfig, *, needs_reference: bool) -> Learner:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,6 +34,7 @@ from rl.learner import AnyLearner, Learner, Metrics, Part
 from rollout.seeds import prompt_seed
 from rollout.types import Engine, Group, Prompt, Sampling
 
+CONNECT_S = 10
 GOODBYE_S = 10  # how long an actor may take to close before it is killed
 
 Ask = Callable[[Any], ray.ObjectRef]  # an actor -> where its answer will be
@@ -107,13 +109,15 @@ def started(cluster: Cluster) -> Iterator[None]:
     own = cluster.address is None and "RAY_ADDRESS" not in os.environ
     before = dict(os.environ)
     try:
+        if cluster.address is not None:
+            knock(cluster.address)
         ray.init(
             address="local" if own else cluster.address,
             include_dashboard=False if own else None,
             log_to_driver=False,  # what matters comes back as a result or as an error
             logging_level=logging.ERROR,
         )
-    except ConnectionError as error:  # Ray's own message names no key of the config
+    except (ConnectionError, TimeoutError, socket.gaierror) as error:  # of these, none names the key of the config
         raise ValueError(
             f"cluster.address is {cluster.address!r}, but no Ray answers there ({error}); "
             "start one with `ray start --head`, or leave the address out to use one of the run's own"
@@ -127,6 +131,13 @@ def started(cluster: Cluster) -> Iterator[None]:
         for name in set_by_ray:
             os.environ.pop(name, None)
         os.environ.update({name: before[name] for name in set_by_ray if name in before})
+
+
+def knock(address: str) -> None:
+    """Raises OSError if nobody listens at `host:port`; left alone, Ray would try for minutes and then end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():  # "auto" is for Ray to resolve
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
 
 
 @contextmanager

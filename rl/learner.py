@@ -132,7 +132,7 @@ class Learner:
         """Nothing to free: the process owns the memory."""
 
     def _my_micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        """This rank's micro-batches, with fillers of share zero up to what the busiest rank has: all must forward as often."""
+        """This rank's micro-batches, filled up to the busiest rank's with units of share zero: all forward as often."""
         hands = self._deal(batch.unit_tokens)
         mine = hands[self.backend.rank]
         for units in mine:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from huggingface_hub import save_torch_state_dict
 from pydantic import TypeAdapter
@@ -175,10 +175,16 @@ def plain(value: Any, kind: Any = None) -> Any:
 
 @contextmanager
 def session(
-    config: RunConfig, cursors: Mapping[str, Resumable], data_fingerprint: str, needs_reference: bool, resume: bool
+    config: RunConfig,
+    renderer: Renderer,
+    cursors: Mapping[str, Resumable],
+    *,
+    data_fingerprint: str,
+    needs_reference: bool,
+    resume: bool,
 ) -> Iterator[Session]:
     """Place engine and learner, open the run's folder, and free everything on the way out."""
-    suites = load_suites(config)
+    suites = checked_suites(config, renderer)
     clock = Clock()
     with ExitStack() as stack:
         with clock("start"):
@@ -187,7 +193,7 @@ def session(
             config=config,
             engine=engine,
             learner=learner,
-            renderer=build_renderer(config),
+            renderer=renderer,
             suites=suites,
             cursors=cursors,
             data_fingerprint=data_fingerprint,
@@ -200,7 +206,7 @@ def session(
 
 def evaluate_only(config: RunConfig) -> dict[str, Suite]:
     """Answer the held-out suites with the model as the config names it, and print the accuracies."""
-    suites = load_suites(config)
+    suites = checked_suites(config, build_renderer(config))
     if not suites:
         raise ValueError("evaluation.suites is empty; name at least one file of prompts: {held_out: data/test.jsonl}")
     engine = build_engine(config)
@@ -240,11 +246,18 @@ def prepare(module: str | None) -> None:
         subprocess.run([sys.executable, "-m", module], check=True)
 
 
-def load_suites(config: RunConfig) -> dict[str, list[Prompt]]:
-    return {
-        name: load_prompts(path, check=gold_problem, on_bad_rows="refuse", limits=config.pixels)
-        for name, path in config.evaluation.suites.items()
-    }
+def checked_prompts(path: Path, renderer: Renderer, on_bad_rows: Literal["refuse", "skip"] = "refuse") -> list[Prompt]:
+    """The prompts of a file, each one renderable and with a right answer that its own verifier accepts."""
+    return load_prompts(
+        path,
+        check=lambda prompt: gold_problem(prompt) or renderer.problem(prompt),
+        on_bad_rows=on_bad_rows,
+        limits=renderer.limits,
+    )
+
+
+def checked_suites(config: RunConfig, renderer: Renderer) -> dict[str, list[Prompt]]:
+    return {name: checked_prompts(path, renderer) for name, path in config.evaluation.suites.items()}
 
 
 def set_aside(folder: Path) -> None:

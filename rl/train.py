@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rewards.base import ScoredGroup, count_statuses, score
-from rewards.verifiers import gold_problem
 from rl.batch import PolicyBatch, collate
+from rl.build import build_renderer
 from rl.config import RLConfig
 from rl.learner import AnyLearner, Metrics, Part
 from rl.log import Clock
 from rl.selection import keep
-from rl.session import Resumable, Summary, session
-from rollout.prompts import Cursor, fingerprint, load_prompts
+from rl.session import Resumable, Summary, checked_prompts, session
+from rollout.prompts import Cursor, fingerprint
 from rollout.render import Renderer
 from rollout.types import Engine, Prompt, Sampling
 
@@ -107,21 +107,24 @@ def describe(scored: Sequence[ScoredGroup], kept: Sequence[ScoredGroup]) -> Metr
 
 def train(config: RLConfig, *, resume: bool = False, stream: Stream | None = None) -> Summary:
     """The whole online run, with a second stream where a method has one."""
-    limits = config.pixels
-    prompts = load_prompts(
-        config.prompts.path, check=gold_problem, on_bad_rows=config.prompts.on_bad_rows, limits=limits
-    )
+    renderer = build_renderer(config)
+    prompts = checked_prompts(config.prompts.path, renderer, config.prompts.on_bad_rows)
     cursor = Cursor(prompts, config.prompts.per_step, config.seed)
     cursors: dict[str, Resumable] = {"prompts": cursor} | ({"stream": stream.cursor} if stream else {})
     needs_reference = config.loss.needs_reference or (stream is not None and stream.needs_reference)
     with session(
-        config, cursors, fingerprint(prompts) + (stream.fingerprint if stream else ""), needs_reference, resume
+        config,
+        renderer,
+        cursors,
+        data_fingerprint=fingerprint(prompts) + (stream.fingerprint if stream else ""),
+        needs_reference=needs_reference,
+        resume=resume,
     ) as s:
         run = Run(
             config=config,
             prompts=cursor,
             engine=s.engine,
-            renderer=s.renderer,
+            renderer=renderer,
             learner=s.learner,
             clock=s.clock,
             show=s.log.samples,

@@ -26,13 +26,14 @@ class VLLM:
     tensor_parallel_size: int = 1
     cpu_cache_bytes: int = 1 << 30  # key-value cache where there is no GPU
 
-    def build(self, model_path: str, renderer: Renderer, dtype: str) -> Engine:
+    def build(self, model_path: str, renderer: Renderer, *, revision: str | None, dtype: str) -> Engine:
         """Start vLLM with the model at `model_path`; takes about a minute."""
         from rollout.vllm_engine import VLLMEngine
 
         return VLLMEngine(
             model_path,
             renderer,
+            revision=revision,
             dtype=dtype,
             max_model_len=self.max_model_len,
             max_images=self.max_images,
@@ -52,12 +53,14 @@ class HF:
     name: Literal["hf"] = "hf"
     batch_size: int = 64  # samples drawn at once
 
-    def build(self, model_path: str, renderer: Renderer, dtype: str) -> Engine:
+    def build(self, model_path: str, renderer: Renderer, *, revision: str | None, dtype: str) -> Engine:
         """Load the engine's own copy of the model at `model_path`."""
         from rollout.hf_engine import HFEngine
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return HFEngine.load(model_path, renderer, dtype=dtype, device=device, batch_size=self.batch_size)
+        return HFEngine.load(
+            model_path, renderer, revision=revision, dtype=dtype, device=device, batch_size=self.batch_size
+        )
 
 
 EngineConfig = Annotated[VLLM | HF, Field(discriminator="name")]

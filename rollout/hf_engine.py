@@ -47,10 +47,19 @@ class HFEngine:
 
     @classmethod
     def load(
-        cls, path: str | Path, renderer: Renderer, *, dtype: str = "float32", device: str = "cpu", batch_size: int = 64
+        cls,
+        path: str | Path,
+        renderer: Renderer,
+        *,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        batch_size: int = 64,
     ) -> HFEngine:
         """An engine on its own copy of the model at `path`, a folder or the name of a model on the hub."""
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
         return cls(model.to(device), renderer, batch_size)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:

@@ -266,9 +266,6 @@ class Cursor(Generic[T]):
         self._order = random.Random(f"{self._seed}/{epoch}").sample(range(len(self._rows)), len(self._rows))
 
 
-PromptCursor = Cursor[Prompt]
-
-
 def _content(value: object) -> object:
     """`value` as JSON can hold it."""
     if isinstance(value, Image):

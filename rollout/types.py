@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,5 +138,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free every process, thread and byte the engine holds; safe to call twice."""
         ...
-
-

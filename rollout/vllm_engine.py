@@ -41,6 +41,7 @@ class VLLMEngine:
     Args:
         path: folder or hub name of the model, as transformers saves it, with its processor.
         renderer: of the same model.
+        revision: of a model on the hub.
         dtype: of the weights on a GPU; the CPU always computes in float32.
         max_model_len: tokens of prompt and answer together; None: as many as the model allows.
         max_images: images per prompt.
@@ -54,6 +55,7 @@ class VLLMEngine:
         path: str | Path,
         renderer: Renderer,
         *,
+        revision: str | None = None,
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
         max_images: int = 1,
@@ -86,9 +88,11 @@ class VLLMEngine:
         self._version = 0
         self._stale = False  # the weights are not those of any policy
         self._cacheless = False  # the key-value cache sleeps
-        self._names = _checkpoint_names(path)
+        self._names = _checkpoint_names(path, revision)
         self._llm: LLM | None = LLM(
             model=str(path),
+            revision=revision,
+            load_format="safetensors",
             max_model_len=max_model_len,
             limit_mm_per_prompt={"image": max_images, "video": 0},
             logprobs_mode="processed_logprobs",
@@ -244,9 +248,11 @@ def _noting(weights: Iterable[tuple[str, Tensor]], received: set[str]) -> Iterat
         yield name, weight.detach().clone()
 
 
-def _checkpoint_names(path: str | Path) -> frozenset[str]:
+def _checkpoint_names(path: str | Path, revision: str | None) -> frozenset[str]:
     """Names of the weights in the safetensors files of a folder, or of a model on the hub."""
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), allow_patterns="*.safetensors"))
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns="*.safetensors"))
     names: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

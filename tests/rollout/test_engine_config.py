@@ -24,7 +24,7 @@ def test_the_name_chooses_the_engine() -> None:
 
 
 def test_a_config_builds_its_engine(tiny_model: Path, renderer: Renderer, prompts: list[Prompt]) -> None:
-    engine = HF(batch_size=2).build(str(tiny_model), renderer, "float32")
+    engine = HF(batch_size=2).build(str(tiny_model), renderer, revision=None, dtype="float32")
     (group,) = engine.generate(prompts[:1], Sampling(num_samples=3, max_tokens=2))
     assert len(group.samples) == 3
     with engine.asleep():

@@ -11,7 +11,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from rollout.prompts import Cursor, PromptCursor, fingerprint, load_prompts
+from rollout.prompts import Cursor, fingerprint, load_prompts
 from rollout.types import Image, Message, Prompt
 
 GOOD: dict[str, object] = {
@@ -186,12 +186,12 @@ def numbered(count: int) -> list[Prompt]:
 
 
 def test_every_epoch_deals_each_prompt_once_in_its_own_order() -> None:
-    cursor = PromptCursor(numbered(10), batch_size=4, seed=3)
+    cursor = Cursor(numbered(10), batch_size=4, seed=3)
     dealt = [prompt.id for _ in range(5) for prompt in cursor.next()]
     first, second = dealt[:10], dealt[10:]
     assert sorted(first) == sorted(second) == [str(index) for index in range(10)]
     assert first != second
-    assert first != [prompt.id for prompt in PromptCursor(numbered(10), batch_size=10, seed=4).next()]
+    assert first != [prompt.id for prompt in Cursor(numbered(10), batch_size=10, seed=4).next()]
 
 
 def test_a_restored_cursor_continues_exactly() -> None:
