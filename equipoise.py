@@ -56,8 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
     from rl.config import load
     from rl.session import prepare
+
+    logging.disable_progress_bar()  # a bar per loaded model buries what the run says
 
     jobs = JOBS["mine" if options.command == "mine" else "train"]
     kinds = {job: getattr(importlib.import_module(module), name) for job, (module, name, _) in jobs.items()}

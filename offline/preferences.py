@@ -71,7 +71,7 @@ def load_preferences(
 
 def parse_preference(row: Row, limits: PixelLimits) -> Preference | None:
     """The preference in `row`; None when it has problems, which are noted in the row."""
-    if row.problems:
+    if not row.readable:
         return None
     # An open question has no right answer but the chosen one.
     row.values = {"kind": "exact", "answer": str(row.values.get("chosen", "")).strip() or "?", **row.values}

@@ -59,6 +59,15 @@ def on_ray(config: RunConfig, *, needs_reference: bool) -> Iterator[tuple[Engine
         yield engine, learner
 
 
+def check_placement(cluster: Cluster) -> str:
+    """What a run would need of its cluster and what is there, in one line. Raises ValueError if it does not fit."""
+    plan = Plan(cluster=cluster)
+    with started(cluster):
+        have = ray.cluster_resources()
+    plan.check(have)
+    return f"on Ray: need {plan}, have {amount([have])}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a run needs of a cluster.
@@ -134,7 +143,7 @@ def started(cluster: Cluster) -> Iterator[None]:
 
 
 def knock(address: str) -> None:
-    """Raises OSError if nobody listens at `host:port`; left alone, Ray would try for minutes and then end the process."""
+    """Raises OSError if nobody listens at `host:port`: left alone, Ray tries for minutes and then ends the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():  # "auto" is for Ray to resolve
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()

@@ -14,7 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rewards.base import ScoredGroup
 
-SHOWN = ("reward", "online/loss", "online/kl", "online/entropy", "offline/loss", "offline/margin", "tokens_per_s")
+SHOWN = {  # metric -> what it is called on the screen
+    "reward": "reward",
+    "online/kl": "KL",
+    "online/entropy": "entropy",
+    "online/loss": "loss",
+    "offline/loss": "offline loss",
+    "offline/margin": "margin",
+    "tokens_per_s": "tokens/s",
+}
 
 
 class Clock:
@@ -114,12 +122,13 @@ class RunLog:
         append(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
         for tracker in self.trackers:
             tracker.log(metrics, step)
-        line = "  ".join(f"{name.split('/')[-1]} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
-        seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+        line = "  ".join(f"{label} {metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics)
+        phases = {name: seconds for name, seconds in metrics.items() if name.startswith("seconds/")}
+        line += "  | " + "  ".join(f"{name.removeprefix('seconds/')} {s:.1f} s" for name, s in phases.items())
         if self.console.is_terminal:
             self.progress.update(self.task, completed=step + 1, line=line)
         else:
-            self.console.print(f"{self.folder.name} {step + 1}/{self.steps}  {line}  {seconds:.2f} s")
+            self.console.print(f"{self.folder.name} {step + 1}/{self.steps}  {line}")
 
     def samples(self, step: int, scored: Sequence[ScoredGroup]) -> None:
         """The first sampled answers of a step with what every reward said of them."""

@@ -215,17 +215,20 @@ def test_a_run_joins_the_ray_that_the_environment_names(
     script = f"""
 import ray
 from pathlib import Path
-from rl.cluster import on_ray
+from rl.cluster import check_placement, on_ray
 from rl.config import Cluster, RunConfig
 from rl.policy import Model
 
+print(check_placement(Cluster()))
 config = RunConfig(name="joins", model=Model(path={str(tiny_model)!r}, dtype="float32"), cluster=Cluster())
 with on_ray(config, needs_reference=False) as (engine, learner):
     engine.load_weights(learner.weights(), version=1)
     learner.save(Path("checkpoint"))
     print(ray.get_runtime_context().gcs_address, len(ray.nodes()), ray.available_resources()["CPU"])
 """
-    assert run(script, cwd=tmp_path, RAY_ADDRESS=running_ray).split() == [running_ray, "1", "2.0"]
+    plan, placed = run(script, cwd=tmp_path, RAY_ADDRESS=running_ray).splitlines()
+    assert plan == "on Ray: need 1 CPU (1 engine) + 1 CPU (1 learner rank), have 4 CPU"
+    assert placed.split() == [running_ray, "1", "2.0"]
     assert (tmp_path / "checkpoint").is_dir()  # a relative path is the driver's
     assert ray.cluster_resources()["CPU"] == 4
 

@@ -71,7 +71,7 @@ def train(model: str, folder: Path, name: str, parts: list[Part]) -> dict[str, T
     """Weights after the updates, and what was scored and measured on the way."""
     case = CASES[name]
     learner = build(model, case)
-    measured = []
+    measured = {}
     for update in range(UPDATES):
         if case.stop and update == 1:
             learner.save(folder / f"checkpoint-{name}")
@@ -79,11 +79,12 @@ def train(model: str, folder: Path, name: str, parts: list[Part]) -> dict[str, T
             learner = build(model, case)
             learner.load(folder / f"checkpoint-{name}")
         rows = parts[0].batch.rows
-        scored = learner.reference_logprobs(rows)
-        measured += [scored, learner.logprobs(rows), torch.tensor(list(learner.update(*parts).values()))]
-    weights = {key: tensor.float().cpu().clone() for key, tensor in learner.weights()}
+        measured[f"reference {update}"] = learner.reference_logprobs(rows)
+        measured[f"logprobs {update}"] = learner.logprobs(rows)
+        measured[f"metrics {update}"] = torch.tensor(list(learner.update(*parts).values()))
+    weights = {key: tensor.detach().float().cpu().clone() for key, tensor in learner.weights()}
     learner.close()
-    return weights | {f"measured {number}": values for number, values in enumerate(measured)}
+    return weights | measured
 
 
 def main(model: str, folder: Path, rank: int, world_size: int) -> None:

@@ -112,11 +112,11 @@ def test_dropout_draws_differently_on_every_rank(trained: Trained) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("zero", [0, 3])
 def test_bfloat16_is_trained_through_float32_masters(trained: Trained, zero: int, world_size: int) -> None:
-    """Two learning rates of 2e-3 and one unit of bfloat16 at 1 is all that rounding may move a weight by."""
-    difference = largest_difference(trained[1, "bfloat16-None"], trained[world_size, f"bfloat16-{zero}"], only="model.")
-    moved = largest_difference(trained[1, "bfloat16-None"], trained[1, "full-None"], only="model.")
-    print(f"bfloat16, ZeRO {zero}, {world_size} ranks: largest difference {difference:.1e}; to float32 {moved:.1e}")
-    assert difference < 0.012
+    """A unit of bfloat16 at a logit of 4 is 0.03; an update of a wrong size moves log-probs by 0.1."""
+    torch_backend, deepspeed = trained[1, "bfloat16-None"], trained[world_size, f"bfloat16-{zero}"]
+    difference = largest_difference(torch_backend, deepspeed, only="logprobs")
+    print(f"bfloat16, ZeRO {zero}, {world_size} ranks: largest difference of log-probs {difference:.1e}")
+    assert difference < 0.03
 
 
 def test_one_process_needs_no_launcher(policy: Policy, rows: Rows, tmp_path: Path) -> None:

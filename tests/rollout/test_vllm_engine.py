@@ -35,7 +35,7 @@ def engine(tiny_model: Path, renderer: Renderer) -> Iterator[Engine]:
     children = psutil.Process().children(recursive=True)
     set_num_threads = torch.set_num_threads
     start = time.perf_counter()
-    engine = VLLM().build(str(tiny_model), renderer, "bfloat16")
+    engine = VLLM().build(str(tiny_model), renderer, revision=None, dtype="bfloat16")
     logger.info("vLLM started in %.1f s", time.perf_counter() - start)
     assert torch.set_num_threads is set_num_threads
     yield engine
