@@ -5,10 +5,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(EXTRA)
 
-.PHONY: demo test fast check lock install
+.PHONY: demo seeds test fast check lock install
 
 demo: $(INSTALLED)
 	$(BIN)/equipoise train configs/demo.yaml
+
+seeds: $(INSTALLED)
+	PYTHONPATH=. $(BIN)/python benchmarks/demo_seeds.py 0 1 2
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"

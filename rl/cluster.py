@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from rich.console import Console
 from torch import Tensor, distributed
 from torch._C._distributed_c10d import TCPStore
 
@@ -34,7 +35,7 @@ from rl.learner import AnyLearner, Learner, Metrics, Part
 from rollout.seeds import prompt_seed
 from rollout.types import Engine, Group, Prompt, Sampling
 
-CONNECT_S = 10
+CONNECT_S = 10  # how long the Ray of a given address may take to pick up
 GOODBYE_S = 10  # how long an actor may take to close before it is killed
 
 Ask = Callable[[Any], ray.ObjectRef]  # an actor -> where its answer will be
@@ -65,7 +66,7 @@ def check_placement(cluster: Cluster) -> str:
     with started(cluster):
         have = ray.cluster_resources()
     plan.check(have)
-    return f"on Ray: need {plan}, have {amount([have])}"
+    return plan.against(have)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +89,15 @@ class Plan:
         return [{name: float(number) for name, number in bundle.items() if number} for bundle in wanted]
 
     def __str__(self) -> str:
-        engines, ranks = self.cluster.num_engines, self.cluster.num_learners
+        engines, learners = self.cluster.num_engines, self.cluster.num_learners
         return (
             f"{amount(self.bundles[:engines])} ({engines} engine{'s' * (engines > 1)}) + "
-            f"{amount(self.bundles[engines:])} ({ranks} learner rank{'s' * (ranks > 1)})"
+            f"{amount(self.bundles[engines:])} ({learners} learner rank{'s' * (learners > 1)})"
         )
+
+    def against(self, have: Mapping[str, float]) -> str:
+        """The plan beside what the cluster holds, in one line."""
+        return f"on Ray: need {self}, have {amount([have])}"
 
     def check(self, have: Mapping[str, float]) -> None:
         """Raises ValueError if the cluster could not hold the plan even if it were idle."""
@@ -126,7 +131,9 @@ def started(cluster: Cluster) -> Iterator[None]:
             log_to_driver=False,  # what matters comes back as a result or as an error
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, TimeoutError, socket.gaierror) as error:  # of these, none names the key of the config
+    except (ConnectionError, TimeoutError, socket.gaierror) as error:  # none of these names the key of the config
+        if own:
+            raise
         raise ValueError(
             f"cluster.address is {cluster.address!r}, but no Ray answers there ({error}); "
             "start one with `ray start --head`, or leave the address out to use one of the run's own"
@@ -152,8 +159,9 @@ def knock(address: str) -> None:
 @contextmanager
 def reserved(cluster: Cluster) -> Iterator[PlacementGroup]:
     """Inside, the resources of the whole run are held as one group, so that no part waits for another's."""
-    plan = Plan(cluster=cluster)
-    plan.check(ray.cluster_resources())
+    plan, have = Plan(cluster=cluster), ray.cluster_resources()
+    plan.check(have)
+    Console(soft_wrap=True).print(plan.against(have), highlight=False)
     group = placement_group(plan.bundles, strategy="PACK")
     try:
         if not group.wait(timeout_seconds=cluster.start_timeout_s):
@@ -391,7 +399,9 @@ def packed(tensor: Tensor) -> Packed:
 
 
 def unpacked(value: Packed) -> Tensor:
-    return torch.from_numpy(value.content.copy()).view(value.dtype).reshape(value.shape)  # stored memory is read-only
+    tensor = torch.empty(value.shape, dtype=value.dtype)
+    tensor.flatten().view(torch.uint8).numpy()[:] = value.content  # a copy: stored memory is read-only
+    return tensor
 
 
 def share_tensors() -> None:

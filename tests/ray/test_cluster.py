@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rl.batch import PolicyBatch, Rows
 from rl.build import build_engine, build_learner
-from rl.cluster import RemoteEngine, RemoteLearner, reserved, started
+from rl.cluster import RemoteEngine, RemoteLearner, packed, reserved, started, unpacked
 from rl.config import Cluster, LearnerConfig, RunConfig
 from rl.learner import Part
 from rl.losses.grpo import GRPO
@@ -158,6 +158,14 @@ def test_weights_go_from_learner_to_engine_by_reference(
         assert engine.generate(prompts, SAMPLING) == local.generate(prompts, SAMPLING)
 
 
+def test_tensors_of_every_kind_survive_packing() -> None:
+    table = torch.randn(4, 6)
+    for tensor in (table, table[:, ::2], table.to(torch.bfloat16), torch.tensor(3.5), torch.zeros(0, 5), table > 0):
+        again = unpacked(packed(tensor))
+        assert again.dtype == tensor.dtype
+        assert torch.equal(again, tensor)
+
+
 def test_a_plan_that_does_not_fit_is_refused_with_numbers(running_ray: str) -> None:
     begin = time.monotonic()
     wanted = r"need 64 CPU \(2 engines\) \+ 3 CPU \(3 learner ranks\), have 4 CPU"
@@ -251,7 +259,7 @@ def test_a_ray_of_its_own_leaves_nothing_behind() -> None:
     script = """
 import os, psutil
 from rl.cluster import started
-from rl.cluster import RemoteEngine, RemoteLearner, reserved, started
+from rl.cluster import RemoteEngine, RemoteLearner, packed, reserved, started, unpacked
 from rl.config import Cluster
 
 before = dict(os.environ)
