@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 # job -> (module that holds the config class, class, module that holds the function of the same command)
+TRAINING = {
+    "rl": ("rl.config", "RLConfig", "rl.train"),
+    "mbpo": ("offline.config", "MBPOConfig", "offline.hybrid"),
+    "preference": ("offline.config", "PreferenceConfig", "offline.train"),
+}
 JOBS = {
-    "train": {
-        "rl": ("rl.config", "RLConfig", "rl.train"),
-        "mbpo": ("offline.config", "MBPOConfig", "offline.hybrid"),
-        "preference": ("offline.config", "PreferenceConfig", "offline.train"),
-        "compare": ("offline.config", "CompareConfig", "offline.compare"),
-    },
+    "train": TRAINING | {"compare": ("offline.config", "CompareConfig", "offline.compare")},
     "mine": {"mine": ("offline.config", "MineConfig", "offline.mine")},
+    "evaluate": {job: (module, name, "rl.session") for job, (module, name, _) in TRAINING.items()},
 }
 
 
@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=help_text)
         command.add_argument("config", type=Path, help="a YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1 learner.zero_stage=2")
-        command.add_argument("--dry-run", action="store_true", help="check config, data and placement; start nothing")
+        command.add_argument("--dry-run", action="store_true", help="check config, data and placement only")
         if name == "train":
             command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     return parser.parse_args(arguments)
@@ -43,11 +43,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    sys.path.insert(0, os.getcwd())  # modules a config names, such as `prepare`, lie in the user's project
     signal.signal(signal.SIGTERM, interrupt)
     try:
         return run(options)
-    except ValueError as error:  # what a user can mend: a message, not a traceback
+    except (ValueError, TimeoutError) as error:  # what a user can mend: a message, not a traceback
         print(f"equipoise: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -63,22 +62,21 @@ def run(options: argparse.Namespace) -> int:
 
     logging.disable_progress_bar()  # a bar per loaded model buries what the run says
 
-    jobs = JOBS["mine" if options.command == "mine" else "train"]
+    jobs = JOBS[options.command]
     kinds = {job: getattr(importlib.import_module(module), name) for job, (module, name, _) in jobs.items()}
     config = load(options.config, options.overrides, kinds)
     prepare(config.prepare)
+    module = jobs[config.job][2]
     if options.dry_run:
         from offline.check import check
 
         check(config)
     elif options.command == "evaluate":
-        from rl.session import evaluate_only
-
-        evaluate_only(config)
+        importlib.import_module(module).evaluate_only(config)
     elif options.command == "mine":
-        importlib.import_module(jobs[config.job][2]).mine(config)
+        importlib.import_module(module).mine(config)
     else:
-        summary = importlib.import_module(jobs[config.job][2]).train(config, resume=options.resume)
+        summary = importlib.import_module(module).train(config, resume=options.resume)
         return 143 if summary.stopped_at else 0
     return 0
 

@@ -9,11 +9,11 @@ import yaml
 from rich.console import Console
 
 from offline.batch import checked_preferences
-from offline.compare import load_members
+from offline.compare import load_members, load_mining
 from offline.config import CompareConfig, MBPOConfig, MineConfig, Pairs, PreferenceConfig
 from rl.build import build_renderer
-from rl.config import RLConfig, load
-from rl.session import checked_prompts, checked_suites, plain
+from rl.config import RLConfig, plain
+from rl.session import checked_prompts, checked_suites
 from rollout.render import Renderer
 
 AnyConfig = CompareConfig | MineConfig | PreferenceConfig | RLConfig
@@ -31,7 +31,7 @@ def check(config: AnyConfig) -> None:
 def findings(config: AnyConfig) -> Iterator[str]:
     """One line per thing that was found in order."""
     if isinstance(config, CompareConfig):
-        mining = load(config.mine, [], {"mine": MineConfig}) if config.mine else None
+        mining = load_mining(config)
         if mining is not None:
             yield from findings(mining)
         for name, member in load_members(config).items():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +15,7 @@ from offline import hybrid
 from offline import train as preference
 from offline.config import CompareConfig, MBPOConfig, MineConfig, PreferenceConfig
 from offline.mine import mine
+from rl import checkpoint
 from rl import train as online
 from rl.config import RLConfig, load
 from rl.evaluate import Suite
@@ -36,39 +38,59 @@ class Comparison:
 
 
 def train(config: CompareConfig, *, resume: bool = False) -> Comparison:
-    """Mine what has to be mined, then run every training after the other; a signal stops the whole comparison."""
-    if resume:
-        raise ValueError("a comparison is not resumed as a whole: resume its runs one by one, or start it again")
+    """Mine what has to be mined, then run every training after the other; a signal stops the whole comparison.
+
+    With `resume`, finished runs are read, the one that was stopped goes on from its checkpoint, the others start.
+    """
     clock = Clock()
     members = load_members(config)
-    if config.mine is not None:
+    if (mining := load_mining(config)) is not None:
         with clock("mine"):
-            mine(load(config.mine, [], {"mine": MineConfig}))
+            mine(mining)
     summaries: dict[str, Summary] = {}
     for name, member in members.items():
         prepare(member.prepare)
-        summaries[name] = train_one(member)
+        finished = member.folder / "summary.json"
+        if resume and finished.exists():
+            summaries[name] = TypeAdapter(Summary).validate_json(finished.read_text())
+            continue
+        summaries[name] = train_one(member, resume=resume and bool(checkpoint.complete(member.folder / "checkpoints")))
         if summaries[name].stopped_at is not None:
             return Comparison(runs=summaries, stopped_at=summaries[name].stopped_at)
     write(config, summaries, clock)
     return Comparison(runs=summaries)
 
 
+def load_mining(config: CompareConfig) -> MineConfig | None:
+    if config.mine is None:
+        return None
+    return replace(load(config.mine, [], {"mine": MineConfig}), output_dir=config.output_dir)
+
+
 def load_members(config: CompareConfig) -> dict[str, RLConfig | PreferenceConfig]:
-    """The configs of the runs, all read before the first one starts, with the comparison's seed and cluster."""
+    """The configs of all runs, with the comparison's seed, cluster, folder and mined pairs."""
+    mining = load_mining(config)
     members: dict[str, RLConfig | PreferenceConfig] = {}
     for name, path in config.runs.items():
         loaded: RLConfig | PreferenceConfig = load(path, [], TRAINING_JOBS)
-        member = replace(loaded, name=f"{config.name}/{name}", seed=config.seed)
-        members[name] = replace(member, cluster=config.cluster) if isinstance(member, RLConfig) else member
+        member = replace(loaded, name=f"{config.name}/{name}", seed=config.seed, output_dir=config.output_dir)
+        if isinstance(member, RLConfig):
+            member = replace(member, cluster=config.cluster)
+        if mining is not None and isinstance(member, MBPOConfig):
+            member = replace(member, offline=replace(member.offline, pairs=mining.folder / "data.jsonl"))
+        elif mining is not None and isinstance(member, PreferenceConfig):
+            member = replace(member, pairs=mining.folder / "data.jsonl")
+        members[name] = member
     return members
 
 
-def train_one(config: RLConfig | PreferenceConfig) -> Summary:
+def train_one(config: RLConfig | PreferenceConfig, *, resume: bool) -> Summary:
     """The training that the config's type asks for."""
     if isinstance(config, PreferenceConfig):
-        return preference.train(config)
-    return hybrid.train(config) if isinstance(config, MBPOConfig) else online.train(config)
+        return preference.train(config, resume=resume)
+    if isinstance(config, MBPOConfig):
+        return hybrid.train(config, resume=resume)
+    return online.train(config, resume=resume)
 
 
 def write(config: CompareConfig, summaries: Mapping[str, Summary], clock: Clock) -> None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from offline.batch import checked_preferences, collate_preferences, preference_rows
+from offline.batch import PreferenceBatch, checked_preferences, collate_preferences, preference_rows
 from offline.config import MBPOConfig
 from offline.losses.dpo import DPO
 from offline.preferences import Preference
@@ -37,28 +37,27 @@ PAIR_REWARDS = (2.0, 0.0)
 class OfflineStream:
     """Pairs for every online step."""
 
-    def __init__(self, config: MBPOConfig) -> None:
+    def __init__(self, config: MBPOConfig, renderer: Renderer) -> None:
         self.config = config.offline
         self.updates_per_batch = config.updates_per_batch
-        self.renderer = build_renderer(config)
-        pairs = checked_preferences(self.config.pairs, self.renderer, self.config.on_bad_rows)
+        self.renderer = renderer
+        pairs = checked_preferences(self.config.pairs, renderer, self.config.on_bad_rows)
         self.fingerprint = fingerprint(pairs)
         self.cursor = Cursor(pairs, self.config.per_step, config.seed)
 
     @property
     def needs_reference(self) -> bool:
-        return isinstance(self.config.loss, DPO) or self.config.loss.needs_reference
+        return self.config.loss.needs_reference
 
     def parts(self, learner: AnyLearner) -> list[Part]:
-        pairs = self.cursor.next()
-        loss = self.config.loss
+        pairs, loss = self.cursor.next(), self.config.loss
+        batch: PolicyBatch | PreferenceBatch
         if isinstance(loss, DPO):
-            preferences = collate_preferences(pairs, self.renderer, beta=loss.beta, weight=self.config.weight)
-            preferences = replace(preferences, reference_logprobs=learner.reference_logprobs(preferences.rows))
-            return [Part(name="offline", batch=preferences, loss=loss)]
-        batch = collate_pairs(pairs, self.renderer, self.config.weight)
-        if self.updates_per_batch > 1:
-            batch = replace(batch, old_logprobs=learner.logprobs(batch.rows))
+            batch = collate_preferences(pairs, self.renderer, beta=loss.beta, weight=self.config.weight)
+        else:
+            batch = collate_pairs(pairs, self.renderer, self.config.weight)
+            if self.updates_per_batch > 1:
+                batch = replace(batch, old_logprobs=learner.logprobs(batch.rows))
         if loss.needs_reference:
             batch = replace(batch, reference_logprobs=learner.reference_logprobs(batch.rows))
         return [Part(name="offline", batch=batch, loss=loss)]
@@ -77,4 +76,4 @@ def collate_pairs(pairs: Sequence[Preference], renderer: Renderer, weight: float
 
 def train(config: MBPOConfig, *, resume: bool = False) -> Summary:
     """The online run with the offline stream beside it."""
-    return train_online(config, resume=resume, stream=OfflineStream(config))
+    return train_online(config, resume=resume, stream=OfflineStream(config, build_renderer(config)))

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rl.checkpoint import sync
-from rl.session import differences
+from rl.config import differences
 
 
 class Journal:

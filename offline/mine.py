@@ -35,8 +35,8 @@ from offline.preferences import Preference, preference_row, write_preferences
 from rewards.text import normalised
 from rewards.verifiers import gold_problem, question_of, verify
 from rl.batch import Rows
+from rl.config import plain
 from rl.policy import Policy
-from rl.session import plain
 from rollout.hf_engine import HFEngine
 from rollout.pixels import PixelPath, to_picture
 from rollout.prompts import fingerprint, load_prompts

@@ -72,7 +72,10 @@ class AnswerAttack(Attack):
             current = [self.started(pictures, seed) for pictures, seed in zip(clean, seeds, strict=True)]
         for _ in range(self.steps):
             current = self.stepped(current, clean, rows)
-        return [tuple(quantised(picture) for picture in pictures) for pictures in current]
+        return [
+            tuple(quantised(picture, start) for picture, start in zip(pictures, starts, strict=True))
+            for pictures, starts in zip(current, clean, strict=True)
+        ]
 
     def stepped(self, current: Sequence[Pictures], clean: Sequence[Pictures], rows: Rows) -> list[Pictures]:
         """One signed step per picture, projected. Rows do not depend on each other: the cost is their sum."""
@@ -100,9 +103,11 @@ class AnswerAttack(Attack):
         return torch.clamp(clean + delta, min=0, max=1)
 
 
-def quantised(picture: Tensor) -> Tensor:
-    """The nearest picture of whole grey levels, k / 255."""
-    return (picture * 255).round() / 255
+def quantised(picture: Tensor, clean: Tensor) -> Tensor:
+    """The picture in whole grey levels, k / 255, rounded towards the clean one: rounding never leaves the ball."""
+    change = (picture - clean) * 255
+    levels = torch.where((change - change.round()).abs() < 1e-3, change.round(), change.trunc())
+    return ((clean * 255).round() + levels) / 255
 
 
 def mean_logprobs(score: Score, rows: Rows) -> Tensor:

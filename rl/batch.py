@@ -17,6 +17,7 @@ from torch import Tensor
 from rewards.base import ScoredGroup
 from rl.shares import MeanOver, token_shares
 from rollout.render import Renderer
+from rollout.types import Group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +139,19 @@ def pad(tables: Sequence[Sequence[float]]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float32) for row in tables], batch_first=True)
 
 
+def check_same_prompts(groups: Sequence[Group], renderer: Renderer) -> None:
+    """Raises ValueError where an engine read another prompt than the learner would: every log-prob would be off."""
+    for group in groups:
+        rendered = renderer.render(group.prompt)
+        if rendered.token_ids != group.prompt_ids:
+            raise ValueError(
+                f"engine and learner rendered prompt {group.prompt.id!r} differently.\n"
+                f"engine  ({len(group.prompt_ids)} tokens): {list(group.prompt_ids)}\n"
+                f"learner ({len(rendered.token_ids)} tokens): {list(rendered.token_ids)}\n"
+                "Check that both load the same processor, chat template and pixel limits."
+            )
+
+
 def collate(
     scored: Sequence[ScoredGroup],
     renderer: Renderer,
@@ -147,29 +161,12 @@ def collate(
     temperature: float = 1.0,
     weight: float = 1.0,
 ) -> PolicyBatch:
-    """Scored groups -> one batch, one row per group.
-
-    The engine and the learner must have read the same prompt: a group whose `prompt_ids` differ from what the
-    renderer makes here stops the run, because every log-prob after it would be of another question.
-    """
-    contexts, vision = [], []
-    for scored_group in scored:
-        group = scored_group.group
-        rendered = renderer.render(group.prompt)
-        if rendered.token_ids != group.prompt_ids:
-            raise ValueError(
-                f"engine and learner rendered prompt {group.prompt.id!r} differently.\n"
-                f"engine  ({len(group.prompt_ids)} tokens): {list(group.prompt_ids)}\n"
-                f"learner ({len(rendered.token_ids)} tokens): {list(rendered.token_ids)}\n"
-                "Check that both load the same processor, chat template and pixel limits."
-            )
-        contexts.append(torch.tensor(group.prompt_ids))
-        vision.append(rendered.vision)
+    """Scored groups -> one batch, one row per group, its context as `check_same_prompts` found it."""
     samples = [sample for scored_group in scored for sample in scored_group.group.samples]
     logprobs = [sample.logprobs for sample in samples if sample.logprobs is not None]
     rows = Rows(
-        context_ids=tuple(contexts),
-        vision=tuple(vision),
+        context_ids=tuple(torch.tensor(s.group.prompt_ids) for s in scored),
+        vision=tuple(renderer.render(s.group.prompt).vision for s in scored),
         branch_ids=tuple(tuple(torch.tensor(sample.token_ids) for sample in s.group.samples) for s in scored),
         temperature=temperature,
     )

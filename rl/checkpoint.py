@@ -16,13 +16,13 @@ def save(folder: Path, step: int, manifest: Mapping[str, Any], write: Callable[[
     """One checkpoint `folder/step_000040`: what `write` puts there, and manifest.json. The newest `keep` stay."""
     final = folder / f"step_{step:06d}"
     aside = final.with_name(final.name + PARTIAL)
-    for leftover in (aside, final):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     write(aside)
     (aside / "manifest.json").write_text(json.dumps({"step": step, **manifest}, indent=2))
     for path in [*aside.rglob("*"), aside]:
         sync(path)
+    shutil.rmtree(final, ignore_errors=True)  # the same step, saved by the run that is being resumed
     aside.rename(final)
     sync(folder)
     for old in complete(folder)[:-keep]:

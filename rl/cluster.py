@@ -25,7 +25,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rich.console import Console
 from torch import Tensor, distributed
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore
 
 from rl import ranks
 from rl.batch import Rows

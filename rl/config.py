@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import PositiveInt, TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from rewards.parts import RewardPart
 from rewards.shape import Format
@@ -21,7 +21,7 @@ from rl.optimizer import Optimizer
 from rl.policy import Model
 from rl.selection import Rules
 from rl.shares import MeanOver
-from rollout.engines import HF, EngineConfig
+from rollout.engines import HF, VLLM, EngineConfig
 from rollout.images import PixelLimits
 
 
@@ -62,10 +62,10 @@ class Cluster:
     address: str | None = None
     num_engines: PositiveInt = 1
     cpus_per_engine: PositiveInt = 1
-    gpus_per_engine: int = 0
+    gpus_per_engine: NonNegativeInt = 0
     num_learners: PositiveInt = 1  # ranks of the one learner
     cpus_per_learner: PositiveInt = 1
-    gpus_per_learner: int = 0
+    gpus_per_learner: NonNegativeInt = 0
     start_timeout_s: PositiveInt = 600
     call_timeout_s: PositiveInt = 1800
 
@@ -75,7 +75,7 @@ class Evaluation:
     """Held-out prompt files by name, answered greedily: before training, every `every` steps, and at the end."""
 
     suites: dict[str, Path] = field(default_factory=dict)
-    every: int = 0  # 0: only before and after
+    every: NonNegativeInt = 0  # 0: only before and after
     max_tokens: PositiveInt = 64
 
 
@@ -83,7 +83,7 @@ class Evaluation:
 class Checkpoints:
     """A checkpoint every `every` steps and at the end; the newest `keep` stay."""
 
-    every: int = 0  # 0: only at the end
+    every: NonNegativeInt = 0  # 0: only at the end
     keep: PositiveInt = 2
 
 
@@ -114,6 +114,12 @@ class RunConfig:
         """Optimizer steps of the whole run: what a learning-rate schedule runs over."""
         return self.steps
 
+    def __post_init__(self) -> None:
+        if self.cluster is not None and isinstance(self.engine, VLLM):
+            size, gpus = self.engine.tensor_parallel_size, self.cluster.gpus_per_engine
+            if size > max(1, gpus):
+                raise ValueError(f"engine.tensor_parallel_size is {size}, but cluster.gpus_per_engine is {gpus}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RLConfig(RunConfig):
@@ -134,6 +140,7 @@ class RLConfig(RunConfig):
         return self.steps * self.updates_per_batch
 
     def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
         if self.sampling.temperature <= 0:
             raise ValueError(f"sampling.temperature is {self.sampling.temperature}; training needs samples: > 0")
         if self.sampling.num_samples < 2:
@@ -185,7 +192,10 @@ def assign(values: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ValueError(f"override {override!r}: {name!r} holds {child!r}, which has no keys inside")
         values = child
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML: {error}") from None
     values[leaf] = number(value) if isinstance(value, str) else value
 
 
@@ -228,3 +238,24 @@ def expanded(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any
         return expanded(schema["$defs"][node["$ref"].rsplit("/", 1)[-1]], schema)
     alternatives = node.get("anyOf", []) + node.get("oneOf", [])
     return [leaf for child in alternatives for leaf in expanded(child, schema)] or [node]
+
+
+def plain(value: Any, kind: Any = None) -> Any:
+    """A dataclass as JSON types."""
+    return TypeAdapter(kind or type(value)).dump_python(value, mode="json")
+
+
+def differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], ignore: Collection[str] = (), prefix: str = ""
+) -> list[str]:
+    """What changed between two plain configs, one line per key; `ignore` holds dotted keys."""
+    lines = []
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if prefix + key in ignore or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, ignore, f"{prefix}{key}.")
+        else:
+            lines.append(f"{prefix}{key}: was {old!r}, is {new!r}")
+    return lines

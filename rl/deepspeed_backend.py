@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore
 
 from rl import ranks
 from rl.batch import Rows
@@ -49,14 +49,7 @@ class DeepSpeedBackend:
         os.environ.setdefault("LOCAL_RANK", "0")
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled C++ for what gloo does
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        adamw = torch.optim.AdamW(
-            self.trainable,
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: optimizer.factor(step, total_steps))
+        adamw, self.schedule = optimizer.build(self.trainable, total_steps)
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=adamw,
@@ -95,33 +88,22 @@ class DeepSpeedBackend:
         if self.zero_stage < 3:
             yield from self.policy.plain_weights()
             return
-        model = self.policy.model
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if ".lora_" in name:
-                continue
-            adapted = name.endswith(".base_layer.weight")
-            layer = model.get_submodule(name.removesuffix(".base_layer.weight")) if adapted else None
-            with deepspeed.zero.GatheredParameters([tensor] if layer is None else list(layer.parameters())):
-                whole = tensor.data if layer is None else tensor.data + layer.get_delta_weight("default")
-            yield self.policy.saved_names[name.replace(".base_layer", "")], whole
+        for name, tensor in self.policy.model.state_dict(keep_vars=True).items():
+            with deepspeed.zero.GatheredParameters(self.policy.needed_for(name, tensor)):
+                yield from self.policy.plain_weight(name, tensor)
 
     def save(self, path: Path) -> None:
         self.engine.save_checkpoint(str(path), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-        torch.save(random_state(), path / f"rng_{self.rank}.pt")
+        ranks.save_random_state(path, self.rank)
         distributed.barrier()
 
     def load(self, path: Path) -> None:
-        writers = len(list(path.glob("rng_*.pt")))
-        if not (path / TAG).is_dir() or writers != self.world_size:
-            raise ValueError(
-                f"{path} is no checkpoint of DeepSpeed on {self.world_size} ranks (it has the state of {writers}); "
-                "resume with the backend and the number of learners it was written by"
-            )
+        """DeepSpeed unpickles its own files: resume from checkpoints of your own only."""
+        if not (path / TAG).is_dir():
+            raise ValueError(f"{path} is no checkpoint of DeepSpeed; resume with the backend that wrote it")
+        ranks.check_same_number(path, self.world_size)
         self.engine.load_checkpoint(str(path), tag=TAG, load_module_strict=False)
-        state = torch.load(path / f"rng_{self.rank}.pt", weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"])
+        ranks.load_random_state(path, self.rank)
 
     def close(self) -> None:
         """Let go of the engine, and of the process group and environment where they are this object's own."""
@@ -185,8 +167,3 @@ def picture_of(rows: Rows) -> Rows:
     """The shortest context of `rows` that shows a picture, without answers."""
     shown = [row for row, vision in enumerate(rows.vision) if vision]
     return replace(rows.select([min(shown, key=lambda row: len(rows.context_ids[row]))]), branch_ids=((),))
-
-
-def random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rewards import verify
-from rollout.types import Engine, Prompt, Sampling
+from rewards.verifiers import Verify
+from rollout.types import Engine, Prompt, Sample, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,15 +28,13 @@ def evaluate(engine: Engine, suites: Mapping[str, Sequence[Prompt]], max_tokens:
     if not prompts:
         return {}
     groups = iter(engine.generate(prompts, Sampling(temperature=0.0, max_tokens=max_tokens)))
-    return {name: judge(suite, [next(groups).samples[0].text for _ in suite]) for name, suite in suites.items()}
+    return {name: judge(suite, [next(groups).samples[0] for _ in suite]) for name, suite in suites.items()}
 
 
-def judge(prompts: Sequence[Prompt], responses: Sequence[str]) -> Suite:
-    """Score one response per prompt."""
-    verdicts = [
-        verify(p.kind, response, p.answer, choices=p.choices, question=p.messages[-1].text)
-        for p, response in zip(prompts, responses, strict=True)
-    ]
+def judge(prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Suite:
+    """Score one answer per prompt, as the reward `verify` does."""
+    verify = Verify()
+    verdicts = [verify(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
     kinds = sorted({prompt.kind for prompt in prompts})
     by_kind = {
         kind: mean([v.score for p, v in zip(prompts, verdicts, strict=True) if p.kind == kind]) for kind in kinds

@@ -49,6 +49,10 @@ class Backend(Protocol):
         """The inverse of `save`."""
         ...
 
+    def close(self) -> None:
+        """Free whatever outlives the object; safe to call twice."""
+        ...
+
     @property
     def learning_rate(self) -> float: ...
 
@@ -114,7 +118,7 @@ class Learner:
             for name, value in sums.items():
                 key = f"{part.name}/{name}"
                 totals[key] = totals.get(key, torch.zeros(())) + value.float().cpu()
-        metrics = {"grad_norm": self.backend.step(), "learning_rate": self.backend.learning_rate}
+        metrics = {"learning_rate": self.backend.learning_rate, "grad_norm": self.backend.step()}
         summed = self.backend.sum_over_ranks(torch.stack(list(totals.values())))
         return metrics | dict(zip(totals, summed.tolist(), strict=True))
 
@@ -129,7 +133,8 @@ class Learner:
         self.backend.load(path)
 
     def close(self) -> None:
-        """Nothing to free: the process owns the memory."""
+        """Let go of what the backend holds."""
+        self.backend.close()
 
     def _my_micro_batches(self, batch: Batch) -> Iterator[Batch]:
         """This rank's micro-batches, filled up to the busiest rank's with units of share zero: all forward as often."""
@@ -149,10 +154,12 @@ class Learner:
         for units in mine:
             scored = module(rows.select(units)).float().cpu()
             table[rows.branches_of(units), : scored.shape[1]] = scored
+        cheapest = min(range(len(rows)), key=rows.num_tokens.__getitem__)
         for _ in range(max(map(len, hands)) - len(mine)):
-            module(rows.select([0]))
+            module(rows.select([cheapest]))
         return self.backend.sum_over_ranks(table)
 
     def _deal(self, costs: Sequence[int]) -> list[list[list[int]]]:
-        micro_batches = bins(costs, self.tokens_per_micro_batch)
+        fair_share = -(-sum(costs) // self.backend.world_size)  # no rank idles while another holds everything
+        micro_batches = bins(costs, min(self.tokens_per_micro_batch, fair_share))
         return deal(micro_batches, costs, self.backend.world_size)

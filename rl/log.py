@@ -130,6 +130,12 @@ class RunLog:
         else:
             self.console.print(f"{self.folder.name} {step + 1}/{self.steps}  {line}")
 
+    def evaluation(self, step: int, accuracies: Mapping[str, float]) -> None:
+        """Held-out accuracies after `step` steps, in the line after that step's own."""
+        append(self.folder / "metrics.jsonl", [{"step": step - 1, **accuracies}])
+        for tracker in self.trackers:
+            tracker.log(accuracies, step)
+
     def samples(self, step: int, scored: Sequence[ScoredGroup]) -> None:
         """The first sampled answers of a step with what every reward said of them."""
         rows = [

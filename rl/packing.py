@@ -24,7 +24,8 @@ class Packed:
 
     token_ids: Tensor  # [1, T]
     position_ids: Tensor  # [axes, 1, T]; one axis, or three for M-RoPE
-    visible: Tensor  # [1, 1, T, T] bool: row sees column
+    segment: Tensor  # [T] which context or answer a token belongs to
+    parent: Tensor  # [T] the context it may also see; its own for a token of a context
     scored_at: Tensor  # [S] index into T of the token that predicts
     targets: Tensor  # [S] token ids that are predicted
     table_cell: tuple[Tensor, Tensor]  # [S], [S]: branch n and place l
@@ -34,8 +35,8 @@ def pack(rows: Rows, context_positions: Sequence[Tensor]) -> Packed:
     """Lay rows one after another. `context_positions` holds one [axes, context length] table per row."""
     ids: list[Tensor] = []
     positions: list[Tensor] = []
-    segment: list[int] = []  # which context or answer a token belongs to
-    parent: list[int] = []  # the context segment it may also see
+    segment: list[int] = []
+    parent: list[int] = []
     scored_at: list[int] = []
     branches: list[int] = []
     places: list[int] = []
@@ -67,7 +68,8 @@ def pack(rows: Rows, context_positions: Sequence[Tensor]) -> Packed:
     return Packed(
         token_ids=torch.cat(ids)[None],
         position_ids=torch.cat(positions, dim=1)[:, None],
-        visible=tree_mask(torch.tensor(segment), torch.tensor(parent))[None, None],
+        segment=torch.tensor(segment),
+        parent=torch.tensor(parent),
         scored_at=torch.tensor(scored_at),
         targets=torch.cat([answer for row_branches in rows.branch_ids for answer in row_branches]),
         table_cell=(torch.tensor(branches), torch.tensor(places)),
@@ -78,7 +80,7 @@ def tree_mask(segment: Tensor, parent: Tensor) -> Tensor:
     """[T], [T] -> [T, T]: a token sees earlier tokens of its own segment and of its parent context."""
     own = segment[:, None] == segment[None, :]
     above = parent[:, None] == segment[None, :]
-    earlier = torch.ones(len(segment), len(segment), dtype=torch.bool).tril()
+    earlier = torch.ones(len(segment), len(segment), dtype=torch.bool, device=segment.device).tril()
     return (own | above) & earlier
 
 

@@ -11,12 +11,13 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from rl.batch import Rows
-from rl.packing import pack
+from rl.packing import pack, tree_mask
 from rollout.hf_engine import saved_weights
 
 PROJECTION_CHUNK = 1024  # scored tokens projected to the vocabulary at a time: bounds the logits to [1024, vocabulary]
@@ -77,7 +78,9 @@ class Policy(nn.Module):
         self.adapted = with_lora(model, config.lora, config.freeze) if config.lora else None
         self.model = model
         self.train()  # a model without dropout computes the same in both modes; checkpointing works in this one only
-        self.register_buffer("banned_token_ids", torch.tensor(sorted(banned_token_ids)), persistent=False)
+        self.register_buffer(
+            "banned_token_ids", torch.tensor(sorted(banned_token_ids), dtype=torch.long), persistent=False
+        )
 
     def forward(self, rows: Rows) -> Tensor:
         """Log-probs of every answer token, float32 [N, L], zero beyond an answer's end."""
@@ -85,7 +88,7 @@ class Policy(nn.Module):
         packed = pack(rows, [self.context_positions(c, v) for c, v in zip(rows.context_ids, rows.vision, strict=True)])
         hidden = self.model.base_model(
             input_ids=packed.token_ids.to(device),
-            attention_mask=additive(packed.visible.to(device), self.model.dtype),
+            attention_mask=additive(tree_mask(packed.segment.to(device), packed.parent.to(device)), self.model.dtype),
             position_ids=packed.position_ids.squeeze(0).to(device),
             use_cache=False,
             **joined(rows.vision, device, self.model.dtype),
@@ -129,15 +132,31 @@ class Policy(nn.Module):
 
     def plain_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight under the name transformers saves it, adapters merged in, one at a time."""
-        for name, tensor in self.model.state_dict().items():
-            if ".lora_" in name:
-                continue
-            saved_name = self.saved_names[name.replace(".base_layer", "")]
-            if name.endswith(".base_layer.weight"):
-                module = self.model.get_submodule(name.removesuffix(".base_layer.weight"))
-                yield saved_name, tensor + module.get_delta_weight("default")
-            else:
-                yield saved_name, tensor
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            yield from self.plain_weight(name, tensor)
+
+    def plain_weight(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        """One entry of the model's state as it is saved; adapters themselves are not."""
+        if ".lora_" in name:
+            return []
+        whole = tensor.detach()
+        if (layer := self.adapted_layer(name)) is not None:
+            with torch.no_grad():
+                whole = (whole.float() + layer.get_delta_weight("default").float()).to(whole.dtype)
+        return [(self.saved_names[name.replace(".base_layer", "")], whole)]
+
+    def needed_for(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """The parameters that `plain_weight` reads, which ZeRO-3 must gather first."""
+        layer = self.adapted_layer(name)
+        return [tensor] if layer is None else list(layer.parameters())
+
+    def adapted_layer(self, name: str) -> LoraLayer | None:
+        """The layer whose weight `name` an adapter changes; None for every other entry of the model's state."""
+        if not name.endswith(".base_layer.weight"):
+            return None
+        layer = self.model.get_submodule(name.removesuffix(".base_layer.weight"))
+        assert isinstance(layer, LoraLayer)
+        return layer
 
 
 def names_when_saved(model: PreTrainedModel) -> dict[str, str]:
@@ -184,5 +203,6 @@ def joined(vision: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: 
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as what attention adds to its scores: 0 where visible, the smallest number where not."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+    """A mask [T, T] as what attention adds to its scores, [1, 1, T, T]: 0 where visible, else very negative."""
+    scores = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return scores.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,12 +23,13 @@ from transformers import AutoConfig, GenerationConfig
 from rewards.verifiers import gold_problem
 from rl import checkpoint
 from rl.build import build_engine, build_learner, build_renderer
-from rl.config import RunConfig
+from rl.config import RLConfig, RunConfig, differences, plain
 from rl.evaluate import Suite, evaluate
 from rl.learner import AnyLearner, Metrics
 from rl.log import Clock, RunLog
 from rollout.prompts import load_prompts
 from rollout.render import Renderer
+from rollout.scripted_engine import ScriptedEngine
 from rollout.types import Engine, Prompt
 
 
@@ -59,44 +61,46 @@ class Session:
     suites: Mapping[str, Sequence[Prompt]]
     cursors: Mapping[str, Resumable]
     data_fingerprint: str
-    resume: bool = False
+    resume: tuple[Path, Mapping[str, Any]] | None = None  # a checkpoint and its manifest
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         self.folder = self.config.folder
         self.first_step, self.base = 0, None
-        if self.resume:
-            self.first_step, self.base = self.restore()
+        if self.resume is not None:
+            self.first_step, self.base = self.restore(*self.resume)
         else:
             set_aside(self.folder)
         self.log = RunLog(self.folder, plain(self.config), self.config.steps, self.config.trackers, self.first_step)
 
     def run(self, take_step: Callable[[int], Metrics]) -> Summary:
         """Take every step that is left. A signal lets the step finish, then checkpoints and returns."""
+        self.engine.load_weights(self.learner.weights(), version=self.first_step)
         base = self.base if self.base is not None else self.evaluate(self.first_step)
+        steps, saves, evaluations = self.config.steps, self.config.checkpoints.every, self.config.evaluation.every
         self.clock.lap()  # what came before the first step is not part of it
         with self.log.progress, stop_requested() as stopping:
-            for step in range(self.first_step, self.config.steps):
+            for step in range(self.first_step, steps):
                 metrics = take_step(step)
                 self.log.step(step, metrics | {f"seconds/{name}": s for name, s in self.clock.lap().items()})
                 done = step + 1
-                if stopping():
+                if stopping() or done == steps or (saves and done % saves == 0):
                     self.checkpoint(done, base)
+                if stopping() and done < steps:
                     self.log.say(f"stopped after step {done}; continue with --resume")
                     return Summary(base=base, final={}, seconds=self.clock.total, stopped_at=done)
-                if self.config.checkpoints.every and done % self.config.checkpoints.every == 0:
-                    self.checkpoint(done, base)
-                if self.config.evaluation.every and done % self.config.evaluation.every == 0 < self.config.steps - done:
+                if evaluations and done % evaluations == 0 and done < steps:
                     self.evaluate(done)
-        self.checkpoint(self.config.steps, base)
         self.export()
-        summary = Summary(base=base, final=self.evaluate(self.config.steps), seconds=self.clock.total)
+        summary = Summary(base=base, final=self.evaluate(steps), seconds=self.clock.total)
         (self.folder / "summary.json").write_text(json.dumps(plain(summary), indent=2))
         self.show(summary)
         return summary
 
     def evaluate(self, step: int) -> dict[str, Suite]:
         """Accuracy of the policy as it is after `step` steps, on every held-out suite."""
+        if not self.suites:
+            return {}
         with self.clock("evaluate"):
             self.engine.load_weights(self.learner.weights(), version=step)
             suites = evaluate(self.engine, self.suites, self.config.evaluation.max_tokens)
@@ -104,6 +108,7 @@ class Session:
             self.log.say(
                 f"step {step}: {name} {suite.accuracy:.1%} of {suite.n} ({suite.unparsed:.1%} without an answer)"
             )
+        self.log.evaluation(step, {f"evaluation/{name}": suite.accuracy for name, suite in suites.items()})
         return suites
 
     def checkpoint(self, step: int, base: Mapping[str, Suite]) -> None:
@@ -118,29 +123,27 @@ class Session:
             keep = self.config.checkpoints.keep
             checkpoint.save(self.folder / "checkpoints", step, manifest, lambda path: self.learner.save(path), keep)
 
-    def restore(self) -> tuple[int, dict[str, Suite]]:
-        """Load the newest checkpoint into every part; the first step to take, and the accuracies before training."""
-        path, manifest = checkpoint.latest(self.folder / "checkpoints")
-        if manifest["data_fingerprint"] != self.data_fingerprint:
-            raise ValueError(f"{path} was written on other data; restore the data files or start without --resume")
-        changed = differences(manifest["config"], plain(self.config))
-        if changed:
-            raise ValueError(f"{path} was written by another config:\n  " + "\n  ".join(changed))
+    def restore(self, path: Path, manifest: Mapping[str, Any]) -> tuple[int, dict[str, Suite]]:
+        """Load a checkpoint into every part; the first step to take, and the accuracies before training."""
         self.learner.load(path)
         for name, cursor in self.cursors.items():
             cursor.restore(manifest["cursors"][name])
-        self.engine.load_weights(self.learner.weights(), version=manifest["policy_version"])
         return manifest["step"], TypeAdapter(dict[str, Suite]).validate_python(manifest["base"])
 
     def export(self) -> None:
         """The trained model as a plain transformers folder, safetensors only: <run>/model."""
         model, folder = self.config.model, self.folder / "model"
-        folder.mkdir()
-        AutoConfig.from_pretrained(model.path, revision=model.revision).save_pretrained(folder)
-        GenerationConfig.from_pretrained(model.path, revision=model.revision).save_pretrained(folder)
-        self.renderer.processor.save_pretrained(folder)
+        aside = folder.with_name("model.partial")
+        for leftover in (aside, folder):  # of a run that was killed here and resumed
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir()
+        AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False).save_pretrained(aside)
+        with suppress(OSError):  # a model need not have one
+            GenerationConfig.from_pretrained(model.path, revision=model.revision).save_pretrained(aside)
+        self.renderer.processor.save_pretrained(aside)
         # ZeRO's weights are views into one flat buffer: each is copied out of it.
-        save_torch_state_dict({name: tensor.cpu().clone() for name, tensor in self.learner.weights()}, folder)
+        save_torch_state_dict({name: tensor.cpu().clone() for name, tensor in self.learner.weights()}, aside)
+        aside.rename(folder)
 
     def show(self, summary: Summary) -> None:
         table = Table("", *summary.final, title=f"{self.config.name}: held-out accuracy")
@@ -151,26 +154,28 @@ class Session:
         self.log.say(f"{spent}\nwritten to {self.folder.resolve()}")
 
 
-RESUMABLE_CHANGES = ("output_dir", "trackers", "checkpoints", "evaluation")  # keys that do not touch what is learned
+MAY_CHANGE = frozenset(  # keys of a config that do not touch what is learned
+    {
+        *("output_dir", "trackers", "checkpoints", "evaluation", "prepare", "learner.tokens_per_micro_batch"),
+        *("cluster.address", "cluster.start_timeout_s", "cluster.call_timeout_s"),
+    }
+)
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What changed between two plain configs, one line per key."""
-    lines = []
-    for key in {**before, **after}:
-        old, new = before.get(key), after.get(key)
-        if prefix + key in RESUMABLE_CHANGES or old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += differences(old, new, f"{prefix}{key}.")
-        else:
-            lines.append(f"{prefix}{key}: was {old!r}, is {new!r}")
-    return lines
+def resumable(config: RunConfig, data_fingerprint: str) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of the run and its manifest; ValueError if it is not one of this config and data."""
+    path, manifest = checkpoint.latest(config.folder / "checkpoints")
+    if manifest["data_fingerprint"] != data_fingerprint:
+        raise ValueError(f"{path} was written on other data; restore the data files or start without --resume")
+    if changed := differences(manifest["config"], plain(config), ignore=MAY_CHANGE):
+        raise ValueError(f"{path} was written by another config:\n  " + "\n  ".join(changed))
+    return path, manifest
 
 
-def plain(value: Any, kind: Any = None) -> Any:
-    """A dataclass as JSON types."""
-    return TypeAdapter(kind or type(value)).dump_python(value, mode="json")
+def prepare(module: str | None) -> None:
+    """Run `python -m module`: it makes the data a config needs and returns at once where they are there."""
+    if module is not None and subprocess.run([sys.executable, "-m", module], check=False).returncode != 0:
+        raise ValueError(f"prepare: `python -m {module}` failed, see above; mend it or set prepare=null")
 
 
 @contextmanager
@@ -185,10 +190,11 @@ def session(
 ) -> Iterator[Session]:
     """Place engine and learner, open the run's folder, and free everything on the way out."""
     suites = checked_suites(config, renderer)
+    checkpoint_to_resume = resumable(config, data_fingerprint) if resume else None  # before anything slow starts
     clock = Clock()
     with ExitStack() as stack:
         with clock("start"):
-            engine, learner = stack.enter_context(placed(config, needs_reference))
+            engine, learner = stack.enter_context(placed(config, renderer, needs_reference))
         opened = Session(
             config=config,
             engine=engine,
@@ -197,7 +203,7 @@ def session(
             suites=suites,
             cursors=cursors,
             data_fingerprint=data_fingerprint,
-            resume=resume,
+            resume=checkpoint_to_resume,
             clock=clock,
         )
         stack.callback(opened.log.close)
@@ -223,7 +229,7 @@ def evaluate_only(config: RunConfig) -> dict[str, Suite]:
 
 
 @contextmanager
-def placed(config: RunConfig, needs_reference: bool) -> Iterator[tuple[Engine, AnyLearner]]:
+def placed(config: RunConfig, renderer: Renderer, needs_reference: bool) -> Iterator[tuple[Engine, AnyLearner]]:
     """Engine and learner, in this process or, where the config has a cluster, on Ray."""
     if config.cluster is not None:
         from rl.cluster import on_ray  # imported by those who use it: Ray takes seconds
@@ -231,19 +237,14 @@ def placed(config: RunConfig, needs_reference: bool) -> Iterator[tuple[Engine, A
         with on_ray(config, needs_reference=needs_reference) as remote:
             yield remote
         return
-    engine = build_engine(config)
-    learner = build_learner(config, needs_reference=needs_reference)
-    try:
+    with ExitStack() as stack:
+        asked = isinstance(config, RLConfig) or config.evaluation.suites
+        engine = build_engine(config) if asked else ScriptedEngine({}, renderer)
+        stack.callback(engine.close)
+        with engine.asleep():  # leaves the learner room on a GPU they share
+            learner = build_learner(config, needs_reference=needs_reference)
+        stack.callback(learner.close)
         yield engine, learner
-    finally:
-        learner.close()
-        engine.close()
-
-
-def prepare(module: str | None) -> None:
-    """Run `python -m module` once: it makes the data a config needs and returns at once where they are there."""
-    if module is not None:
-        subprocess.run([sys.executable, "-m", module], check=True)
 
 
 def checked_prompts(path: Path, renderer: Renderer, on_bad_rows: Literal["refuse", "skip"] = "refuse") -> list[Prompt]:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
+from rl import ranks
 from rl.optimizer import Optimizer
 from rl.policy import Policy
 
@@ -19,20 +20,13 @@ class TorchBackend:
     def __init__(self, policy: Policy, optimizer: Optimizer, total_steps: int) -> None:
         self.policy = policy
         self.module: nn.Module = policy
-        self.config = optimizer
+        self.clip_norm = optimizer.clip_norm
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.world_size = distributed.get_world_size() if distributed.is_initialized() else 1
         self.trainable = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         # AdamW's steps are far below bfloat16's resolution: half-precision weights are trained through float32 copies.
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.trainable.values()]
-        self.optimizer = torch.optim.AdamW(
-            self.masters,
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: optimizer.factor(s, total_steps))
+        self.optimizer, self.schedule = optimizer.build(self.masters, total_steps)
 
     @property
     def learning_rate(self) -> float:
@@ -40,20 +34,32 @@ class TorchBackend:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
+        for parameter, master in self.half_precision():  # micro-batches add up in float32 too
+            if parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
 
     def step(self) -> float:
-        for parameter, master in zip(self.trainable.values(), self.masters, strict=True):
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            master.grad = self.sum_over_ranks(gradient.float()) / self.world_size
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.config.clip_norm)
+        for master in self.masters:
+            gradient = torch.zeros_like(master) if master.grad is None else master.grad
+            master.grad = self.sum_over_ranks(gradient) / self.world_size
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip_norm)
         self.optimizer.step()
         self.schedule.step()
-        with torch.no_grad():
-            for parameter, master in zip(self.trainable.values(), self.masters, strict=True):
-                parameter.grad = master.grad = None
-                if parameter is not master:
-                    parameter.copy_(master)
+        self.optimizer.zero_grad()
+        self.round_masters()
         return float(norm)
+
+    def half_precision(self) -> list[tuple[Tensor, Tensor]]:
+        """Every parameter that is a rounded copy of its master, with that master."""
+        pairs = zip(self.trainable.values(), self.masters, strict=True)
+        return [(parameter, master) for parameter, master in pairs if parameter is not master]
+
+    @torch.no_grad()
+    def round_masters(self) -> None:
+        for parameter, master in self.half_precision():
+            parameter.copy_(master)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -71,20 +77,26 @@ class TorchBackend:
             state = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
             torch.save(state, path / "optimizer.pt")
         self.wait_for_ranks()
-        torch.save({"cpu": torch.get_rng_state()}, path / f"rng_{self.rank}.pt")
+        ranks.save_random_state(path, self.rank)
         self.wait_for_ranks()
 
     def load(self, path: Path) -> None:
+        if not (path / "trainable.safetensors").is_file():
+            raise ValueError(f"{path} is no checkpoint of the torch backend; resume with the backend that wrote it")
+        ranks.check_same_number(path, self.world_size)
         saved = load_file(path / "trainable.safetensors")
         with torch.no_grad():
-            for (name, parameter), master in zip(self.trainable.items(), self.masters, strict=True):
+            for name, master in zip(self.trainable, self.masters, strict=True):
                 master.copy_(saved[name])
-                parameter.copy_(master)
+        self.round_masters()
         state = torch.load(path / "optimizer.pt", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(torch.load(path / f"rng_{self.rank}.pt", weights_only=True)["cpu"])
+        ranks.load_random_state(path, self.rank)
 
     def wait_for_ranks(self) -> None:
         if self.world_size > 1:
             distributed.barrier()
+
+    def close(self) -> None:
+        """Nothing to free: the process group, if any, belongs to whoever opened it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rewards.base import ScoredGroup, count_statuses, score
-from rl.batch import PolicyBatch, collate
+from rl.batch import PolicyBatch, check_same_prompts, collate
 from rl.build import build_renderer
 from rl.config import RLConfig
 from rl.learner import AnyLearner, Metrics, Part
@@ -65,6 +65,7 @@ def train_step(run: Run, step: int) -> Metrics:
     prompts = run.prompts.next()  # [P]
     with run.clock("sample"):
         groups = run.engine.generate(prompts, run.sampling(step))  # [P] groups of G samples
+    check_same_prompts(groups, run.renderer)
     scored = score(groups, config.rewards)
     kept = keep(scored, config.selection)  # the groups that can teach
     with run.engine.asleep(), run.clock("learn"):

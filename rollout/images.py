@@ -12,6 +12,8 @@ import PIL.ImageOps
 
 from rollout.types import Image
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others reach readers that run programs, such as Ghostscript
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixelLimits:
@@ -77,13 +79,15 @@ def _decode(path: Path, limits: PixelLimits) -> PIL.Image.Image:
         num_bytes = path.stat().st_size
     except OSError as error:
         raise ValueError(f"the file cannot be read ({error.strerror}); check the path") from error
+    if not path.is_file():
+        raise ValueError("it is no regular file; replace it by a picture")
     if num_bytes > limits.max_bytes:
         raise ValueError(f"the file has {num_bytes} bytes, more than max_bytes {limits.max_bytes}; compress it")
     with warnings.catch_warnings():
         # Pillow only warns beyond its own, fixed number of pixels; `max_source_pixels` is the one that decides.
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         try:
-            opened = PIL.Image.open(path)  # reads the header only
+            opened = PIL.Image.open(path, formats=FORMATS)  # reads the header only
         except Exception as error:  # Pillow's readers raise almost anything at a broken or hostile header
             raise ValueError(f"the file cannot be opened as a picture ({error}); replace it") from error
     with opened:

@@ -283,8 +283,13 @@ def _parse(row: Row, line: bytes, keys: frozenset[str]) -> Row:
     except UnicodeDecodeError as error:
         row.problems.append(f"{row.source}: byte {error.start} is no UTF-8; expected UTF-8 text; re-encode the file")
         return row
-    except (json.JSONDecodeError, RecursionError) as error:  # the latter for absurdly nested brackets
+    except (ValueError, RecursionError) as error:  # no JSON, or numbers and brackets beyond all bounds
         row.problems.append(f"{row.source}: no JSON ({error}); expected one object on one line; correct the line")
+        return row
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which no tokenizer takes
+        row.problems.append(f"{row.source}: the text holds half a character (\\ud800 to \\udfff); rewrite it")
         return row
     if not isinstance(values, dict):
         row.note("the line", values, "a JSON object", 'write {"id": ..., "question": ..., ...}')

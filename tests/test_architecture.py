@@ -31,8 +31,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{path.relative_to(ROOT)}: relative import; write the whole name"
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and node.level == 0, f"{path.relative_to(ROOT)}: relative import; write the whole name"
             found.add(node.module.split(".")[0])
     return found
 

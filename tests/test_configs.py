@@ -56,7 +56,7 @@ def test_overrides_reach_nested_keys_and_keep_their_type() -> None:
         (["sampling.num_samples=1"], "at least 2 answers"),
         (["sampling.temperature=0"], "training needs samples: > 0"),
         (["job=mbop"], "`job:` is 'mbop'; it must be one of"),
-        (["model=null"], "model"),
+        (["model=null"], "model: given None: Input should be a dictionary"),
     ],
 )
 def test_mistakes_are_explained(overrides: list[str], message: str) -> None:

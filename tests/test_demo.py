@@ -1,4 +1,4 @@
-"""The story of the demo, shortened: MBPO on mined pairs repairs the language prior and keeps what the model could do."""
+"""The story of the demo, shortened: MBPO on mined pairs repairs the prior and keeps what the model could do."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -23,7 +24,11 @@ class DPO:
     """`beta` is how far the policy may move for a preference: larger stays closer to the reference."""
 
     name: Literal["dpo"] = "dpo"
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
 
     def __call__(self, score: Score, batch: PreferenceBatch) -> tuple[Tensor, Sums]:
         assert batch.reference_logprobs is not None, "DPO compares with a reference: annotate the batch first"

@@ -10,9 +10,10 @@ batch's shares.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat
 
 from rl.batch import PolicyBatch
 from rl.loss import Score, Sums, k3
@@ -23,9 +24,9 @@ class GRPO:
     """Hyper-parameters of the loss, and the loss itself. `kl` 0 needs no reference model."""
 
     name: Literal["grpo"] = "grpo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl: float = 0.04
+    clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    clip_high: NonNegativeFloat = 0.2
+    kl: NonNegativeFloat = 0.04
 
     @property
     def needs_reference(self) -> bool:
@@ -39,14 +40,13 @@ class GRPO:
         ratio = (logprobs - old).clamp(-20, 20).exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         token_loss = -torch.minimum(ratio * advantages, clipped * advantages)
-        sums = Sums.of(
-            shares,
-            clipped=(clipped * advantages < ratio * advantages).float(),
-            entropy=-logprobs.detach(),  # an unbiased estimate on the policy's own samples
-        )
-        if batch.rollout_logprobs is not None:  # how far the sampler's arithmetic is from the learner's
+        sums = Sums.of(shares, clipped=(clipped * advantages < ratio * advantages).float())
+        if batch.rollout_logprobs is not None:  # the policy's own samples
             gap = k3(batch.rollout_logprobs.to(logprobs.device), old)
-            sums |= Sums.of(shares, mismatch_kl=gap)
+            sums |= Sums.of(shares, entropy=-logprobs, mismatch_kl=gap)  # both are unbiased estimates
+        else:  # somebody else's answers: how likely the better and the worse ones are
+            better = (advantages > 0).float()
+            sums |= Sums.of(shares, better_logprob=2 * better * logprobs, worse_logprob=2 * (1 - better) * logprobs)
         if batch.reference_logprobs is not None:
             kl = k3(logprobs, batch.reference_logprobs.to(logprobs.device))
             token_loss = token_loss + self.kl * kl

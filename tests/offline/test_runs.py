@@ -80,7 +80,8 @@ def dpo(data: Path, tmp_path: Path, tiny_model: Path) -> PreferenceConfig:
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in lines if "grad_norm" in row]  # not the evaluations
     return [{k: v for k, v in row.items() if not k.startswith("seconds/") and k != "tokens_per_s"} for row in rows]
 
 
@@ -89,7 +90,6 @@ def test_mbpo_resumes_bit_for_bit(mbpo: MBPOConfig) -> None:
     through = mbpo.folder.rename(mbpo.folder.with_name("through"))
     shutil.copytree(through, mbpo.folder)  # as a kill after step 3 leaves it
     shutil.rmtree(mbpo.folder / "checkpoints/step_000004")
-    shutil.rmtree(mbpo.folder / "model")
     with (mbpo.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "torn')
     hybrid.train(mbpo, resume=True)

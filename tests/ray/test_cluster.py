@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,8 @@ pytestmark = pytest.mark.slow
 CLUSTER = Cluster(start_timeout_s=120, call_timeout_s=120)
 SAMPLING = Sampling(num_samples=3, max_tokens=6, seed=5)
 
+Measured = Callable[[str, float], None]
+
 
 @pytest.fixture(scope="module")
 def running_ray() -> Iterator[str]:
@@ -39,11 +41,9 @@ def running_ray() -> Iterator[str]:
     import ray
 
     children = set(psutil.Process().children(recursive=True))
-    begin = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4}')  # so that the same tests run on two cores
         with started(Cluster()):
-            print(f"Ray started in {time.monotonic() - begin:.1f} s")
             yield ray.get_runtime_context().gcs_address
     assert set(psutil.Process().children(recursive=True)) <= children
 
@@ -101,7 +101,13 @@ def remote_engine(config: RunConfig) -> Iterator[RemoteEngine]:
 
 @pytest.mark.parametrize(("num_learners", "backend"), [(1, "torch"), (2, "torch"), (2, "deepspeed")])
 def test_a_remote_learner_takes_the_steps_of_a_local_one(
-    config: RunConfig, part: Part, running_ray: str, tmp_path: Path, num_learners: int, backend: str
+    config: RunConfig,
+    part: Part,
+    running_ray: str,
+    tmp_path: Path,
+    num_learners: int,
+    backend: str,
+    measured: Measured,
 ) -> None:
     local = build_learner(config, needs_reference=True)
     placed = replace(
@@ -109,14 +115,12 @@ def test_a_remote_learner_takes_the_steps_of_a_local_one(
         cluster=replace(CLUSTER, num_learners=num_learners),
         learner=replace(config.learner, backend=backend, zero_stage=3),
     )
-    begin = time.monotonic()
     with remote_learner(placed) as remote:
-        print(f"{num_learners} {backend} ranks ready after {time.monotonic() - begin:.1f} s")
         rows = part.batch.rows
         assert (remote.reference_logprobs(rows) - local.reference_logprobs(rows)).abs().max() < 1e-5
         assert remote.update(part) == pytest.approx(local.update(part), abs=1e-5)
         difference = largest_difference(dict(remote.weights()), dict(local.weights()))
-        print(f"{num_learners} {backend} ranks: largest difference after one update {difference:.1e}")
+        measured(f"{num_learners} {backend} ranks on Ray against a local learner: weights after one update", difference)
         assert difference < 1e-6
         assert (remote.logprobs(rows) - local.logprobs(rows)).abs().max() < 1e-5
         remote.save(tmp_path / "checkpoint")

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 import rl.policy
-from rl.deepspeed_backend import DeepSpeedBackend
-from rl.learner import Backend, Learner, Part
+from rl.batch import Rows
+from rl.build import build_learner
+from rl.config import LearnerConfig, RunConfig
+from rl.learner import Learner, Part
 from rl.optimizer import Optimizer
-from rl.policy import Lora, Model, Policy
-from rl.reference import reference_for
-from rl.torch_backend import TorchBackend
+from rl.policy import Lora, Model
 
 UPDATES = 3
 # A large eps keeps AdamW from blowing rounding errors of near-zero gradients up to whole steps.
-OPTIMIZER = Optimizer(learning_rate=2e-3, weight_decay=0.01, eps=1e-6, warmup_steps=2, schedule="cosine", clip_norm=0.5)
+OPTIMIZER = Optimizer(weight_decay=0.01, eps=1e-6, warmup_steps=2, schedule="cosine", clip_norm=0.5)
 LORA = Lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))
 DROPOUT = replace(LORA, dropout=0.2)
 
@@ -39,6 +39,7 @@ class Case:
     lora: Lora | None = None
     freeze: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
+    learning_rate: float = 2e-3
     stop: bool = False  # save after the first update, go on in a new learner
 
 
@@ -55,23 +56,38 @@ CASES = {f"{kind}-{zero}": replace(case, zero=zero) for kind, (case, stages) in 
 
 
 def build(model: str, case: Case) -> Learner:
-    torch.manual_seed(0)
-    config = Model(path=model, dtype=case.dtype, lora=case.lora, freeze=case.freeze)
-    policy = Policy(config.load(), config, banned_token_ids=(5, 6))
-    reference = reference_for(policy)
-    backend: Backend
-    if case.zero is None:
-        backend = TorchBackend(policy, OPTIMIZER, UPDATES)
-    else:
-        backend = DeepSpeedBackend(policy, OPTIMIZER, UPDATES, case.zero)
-    return Learner(backend, reference, tokens_per_micro_batch=60)
+    config = RunConfig(
+        name="rank",
+        model=Model(path=model, dtype=case.dtype, lora=case.lora, freeze=case.freeze),
+        steps=UPDATES,
+        learner=LearnerConfig(
+            backend="torch" if case.zero is None else "deepspeed",
+            zero_stage=case.zero or 0,
+            tokens_per_micro_batch=60,
+            optimizer=replace(OPTIMIZER, learning_rate=case.learning_rate),
+        ),
+    )
+    return build_learner(config, needs_reference=True)
+
+
+def dropped(learner: Learner, rows: Rows) -> Tensor:
+    """What the first dropout layer drops of `rows` on every rank, [ranks, elements]: 1 where it does."""
+    layer = next(module for module in learner.backend.policy.modules() if isinstance(module, nn.Dropout) and module.p)
+    masks: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda module, inputs, output: masks.append(output.flatten() == 0))
+    with torch.no_grad():
+        learner.backend.module(rows)
+    hook.remove()
+    table = torch.zeros(learner.backend.world_size, len(masks[0]))
+    table[learner.backend.rank] = masks[0].float()
+    return learner.backend.sum_over_ranks(table)
 
 
 def train(model: str, folder: Path, name: str, parts: list[Part]) -> dict[str, Tensor]:
     """Weights after the updates, and what was scored and measured on the way."""
     case = CASES[name]
     learner = build(model, case)
-    measured = {}
+    measured = {"dropped": dropped(learner, parts[0].batch.rows)} if case.lora == DROPOUT else {}
     for update in range(UPDATES):
         if case.stop and update == 1:
             learner.save(folder / f"checkpoint-{name}")
@@ -82,7 +98,7 @@ def train(model: str, folder: Path, name: str, parts: list[Part]) -> dict[str, T
         measured[f"reference {update}"] = learner.reference_logprobs(rows)
         measured[f"logprobs {update}"] = learner.logprobs(rows)
         measured[f"metrics {update}"] = torch.tensor(list(learner.update(*parts).values()))
-    weights = {key: tensor.detach().float().cpu().clone() for key, tensor in learner.weights()}
+    weights = {f"weight {name}": tensor.detach().float().cpu().clone() for name, tensor in learner.weights()}
     learner.close()
     return weights | measured
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,28 +13,28 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
+from rewards.base import score
+from rewards.verifiers import Verify
+from rl.advantages import Normalized
+from rl.batch import collate
+from rl.policy import Policy
 from rollout.engines import VLLM
 from rollout.hf_engine import saved_weights
 from rollout.render import Renderer
 from rollout.types import Engine, Group, Message, Prompt, Sampling
 
 pytestmark = pytest.mark.slow
-logger = logging.getLogger(__name__)  # show the measured numbers with --log-cli-level=info
 
-
-@pytest.fixture(autouse=True)
-def no_leaks() -> None:
-    """One engine serves all tests of this file; what it leaves behind is checked once, when it has closed."""
+Measured = Callable[[str, float], None]
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path, renderer: Renderer) -> Iterator[Engine]:
+    """One engine for the file; what it leaves behind is checked when it has closed."""
     environment = dict(os.environ)
     children = psutil.Process().children(recursive=True)
     set_num_threads = torch.set_num_threads
-    start = time.perf_counter()
     engine = VLLM().build(str(tiny_model), renderer, revision=None, dtype="bfloat16")
-    logger.info("vLLM started in %.1f s", time.perf_counter() - start)
     assert torch.set_num_threads is set_num_threads
     yield engine
     engine.close()
@@ -96,11 +94,26 @@ def test_the_engine_reads_the_tokens_the_renderer_wrote(
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.0])
 def test_logprobs_are_those_of_transformers(
-    engine: Engine, model: Qwen, renderer: Renderer, prompts: list[Prompt], temperature: float
+    engine: Engine, model: Qwen, renderer: Renderer, prompts: list[Prompt], temperature: float, measured: Measured
 ) -> None:
     groups = engine.generate(prompts, Sampling(num_samples=4, max_tokens=16, temperature=temperature))
     gap = largest_gap(model, renderer, groups, temperature or 1.0)
-    logger.info("largest log-prob gap at temperature %s: %.1e", temperature, gap)
+    measured(f"vLLM against transformers: log-probs at temperature {temperature}", gap)
+    assert gap < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_logprobs_are_those_of_the_learner(
+    engine: Engine, policy: Policy, renderer: Renderer, prompts: list[Prompt], temperature: float, measured: Measured
+) -> None:
+    """On the way every training step takes: sampled, scored, collated and packed with a group in one row."""
+    groups = engine.generate(prompts, Sampling(num_samples=4, max_tokens=16, temperature=temperature))
+    scored = score(groups, {"correct": Verify()})
+    batch = collate(scored, renderer, Normalized(), "sequences", temperature=temperature)
+    assert batch.rollout_logprobs is not None
+    with torch.no_grad():
+        gap = (policy(batch.rows) - batch.rollout_logprobs).abs().max().item()
+    measured(f"vLLM against the learner: log-probs at temperature {temperature}", gap)
     assert gap < 1e-4
 
 
@@ -118,7 +131,12 @@ def test_top_p_draws_from_the_head_and_reports_its_distribution(
 
 
 def test_placeholders_are_never_drawn_nor_counted(
-    engine: Engine, model: Qwen, renderer: Renderer, prompts: list[Prompt], weights: dict[str, Tensor]
+    engine: Engine,
+    model: Qwen,
+    renderer: Renderer,
+    prompts: list[Prompt],
+    weights: dict[str, Tensor],
+    measured: Measured,
 ) -> None:
     banned = sorted(renderer.placeholder_token_ids)
     tempting = weights["lm_head.weight"].clone()
@@ -126,16 +144,16 @@ def test_placeholders_are_never_drawn_nor_counted(
     tempting[banned[::2]] = 5000 * tempting[renderer.end_token_id + 10]
     tempting[banned[1::2]] = -5000 * tempting[renderer.end_token_id + 10]
     engine.load_weights((weights | {"lm_head.weight": tempting}).items(), version=1)
-    start = time.perf_counter()
     groups = engine.generate(prompts, Sampling(num_samples=128, max_tokens=16, temperature=2.0))
     drawn = [token_id for group in groups for sample in group.samples for token_id in sample.token_ids]
-    logger.info("%.0f tokens/s", len(drawn) / (time.perf_counter() - start))
     assert len(set(drawn)) > 100
     assert set(drawn).isdisjoint(banned)
     # Far more than the 4096 tokens vLLM handles in one step, so that prompts are spread over several.
     assert sum(len(group.prompt_ids) for group in groups) * 128 > 3 * 4096
     # Banned tokens do not reach the distribution, so what they would have been does not matter to the log-probs.
-    assert largest_gap(model, renderer, groups[:1], temperature=2.0) < 1e-4
+    gap = largest_gap(model, renderer, groups[:1], temperature=2.0)
+    measured("vLLM against transformers: log-probs beside tempting placeholders", gap)
+    assert gap < 1e-4
 
 
 def test_a_seed_gives_the_same_samples(engine: Engine, prompts: list[Prompt]) -> None:
@@ -156,7 +174,13 @@ def test_a_prompt_that_leaves_no_room_is_refused(engine: Engine, prompts: list[P
 
 @pytest.mark.parametrize("part", ["visual", "model.layers", "lm_head"])
 def test_loaded_weights_take_effect_everywhere(
-    engine: Engine, tiny_model: Path, renderer: Renderer, prompts: list[Prompt], weights: dict[str, Tensor], part: str
+    engine: Engine,
+    tiny_model: Path,
+    renderer: Renderer,
+    prompts: list[Prompt],
+    weights: dict[str, Tensor],
+    part: str,
+    measured: Measured,
 ) -> None:
     greedy = Sampling(max_tokens=8, temperature=0.0)
     # One prompt is longer than the blocks of 128 tokens whose keys and values vLLM keeps between calls.
@@ -169,9 +193,7 @@ def test_loaded_weights_take_effect_everywhere(
         name: weight + 0.1 * torch.randn(weight.shape, generator=generator) if name.startswith(part) else weight
         for name, weight in weights.items()
     }
-    start = time.perf_counter()
     engine.load_weights(iter(changed.items()), version=7)
-    logger.info("weights loaded in %.3f s", time.perf_counter() - start)
     after = engine.generate(pictured, greedy)
     assert {sample.policy_version for group in after for sample in group.samples} == {7}
     for old, new in zip(before, after, strict=True):
@@ -179,7 +201,9 @@ def test_loaded_weights_take_effect_everywhere(
     reference = Qwen.from_pretrained(tiny_model)
     for name, target in saved_weights(reference).items():
         target.copy_(changed[name])
-    assert largest_gap(reference, renderer, after) < 1e-4
+    gap = largest_gap(reference, renderer, after)
+    measured(f"vLLM against transformers: log-probs after loading {part}", gap)
+    assert gap < 1e-4
 
 
 def test_weights_that_were_not_sent_are_named(
