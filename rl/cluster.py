@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from rollout.seeds import prompt_seed
 from rollout.types import Engine, Group, Prompt, Sampling
 
 CONNECT_S = 10  # how long the Ray of a given address may take to pick up
+TOKEN = secrets.token_hex(32)  # of a Ray of our own
 GOODBYE_S = 10  # how long an actor may take to close before it is killed
 
 Ask = Callable[[Any], ray.ObjectRef]  # an actor -> where its answer will be
@@ -122,6 +124,8 @@ def started(cluster: Cluster) -> Iterator[None]:
     """Inside, this process is connected to a Ray: its own, or the running one that the config or RAY_ADDRESS names."""
     own = cluster.address is None and "RAY_ADDRESS" not in os.environ
     before = dict(os.environ)
+    if own:  # only this run may talk to it; left alone, Ray would put a token into the home, which changes other clusters
+        os.environ.setdefault("RAY_AUTH_TOKEN", TOKEN)
     try:
         if cluster.address is not None:
             knock(cluster.address)

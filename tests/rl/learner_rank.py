@@ -26,7 +26,7 @@ from rl.policy import Lora, Model
 
 UPDATES = 3
 # A large eps keeps AdamW from blowing rounding errors of near-zero gradients up to whole steps.
-OPTIMIZER = Optimizer(weight_decay=0.01, eps=1e-6, warmup_steps=2, schedule="cosine", clip_norm=0.5)
+OPTIMIZER = Optimizer(learning_rate=2e-3, weight_decay=0.01, eps=1e-6, warmup_steps=2, schedule="cosine", clip_norm=0.5)
 LORA = Lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))
 DROPOUT = replace(LORA, dropout=0.2)
 
@@ -39,7 +39,6 @@ class Case:
     lora: Lora | None = None
     freeze: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    learning_rate: float = 2e-3
     stop: bool = False  # save after the first update, go on in a new learner
 
 
@@ -64,7 +63,7 @@ def build(model: str, case: Case) -> Learner:
             backend="torch" if case.zero is None else "deepspeed",
             zero_stage=case.zero or 0,
             tokens_per_micro_batch=60,
-            optimizer=replace(OPTIMIZER, learning_rate=case.learning_rate),
+            optimizer=OPTIMIZER,
         ),
     )
     return build_learner(config, needs_reference=True)

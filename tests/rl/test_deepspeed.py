@@ -14,11 +14,13 @@ from torch import Tensor, distributed
 
 import rl
 from rl.batch import PolicyBatch, Rows
-from rl.learner import Part
+from rl.learner import Backend, Part
 from rl.losses.grpo import GRPO
 from rl.optimizer import Optimizer
-from rl.policy import Policy
+from rl.policy import Model, Policy
 from rl.shares import MeanOver, token_shares
+from rl.torch_backend import TorchBackend
+from rollout.render import Renderer
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +89,7 @@ def test_deepspeed_takes_the_steps_torch_takes(
     trained: Trained, kind: str, zero: int, world_size: int, measured: Measured
 ) -> None:
     difference = largest_difference(trained[1, f"{kind}-None"], trained[world_size, f"{kind}-{zero}"])
-    measured(f"DeepSpeed ZeRO {zero} against torch, {kind}, {world_size} ranks: after 3 updates", difference)
+    measured(f"DeepSpeed ZeRO {zero} against torch, {kind}, ranks: {world_size}, 3 updates", difference)
     assert difference < 1e-5
 
 
@@ -117,16 +119,41 @@ def test_dropout_draws_differently_on_every_rank(trained: Trained, zero: int | N
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("zero", [0, 3])
-def test_bfloat16_is_trained_through_float32_masters(
+def test_bfloat16_takes_the_steps_torch_takes(
     trained: Trained, zero: int, world_size: int, measured: Measured
 ) -> None:
     """A unit of bfloat16 at a logit of 4 is 0.03; an update of a wrong size moves log-probs by 0.1."""
     torch_backend, deepspeed = trained[1, "bfloat16-None"], trained[world_size, f"bfloat16-{zero}"]
     difference = largest_difference(torch_backend, deepspeed, only="logprobs")
-    measured(f"DeepSpeed ZeRO {zero} against torch, bfloat16, {world_size} ranks: log-probs", difference)
-    way = float((deepspeed["logprobs 2"] - deepspeed["logprobs 0"]).abs().max())
-    measured("way", way)
+    measured(f"DeepSpeed ZeRO {zero} against torch, bfloat16, ranks: {world_size}, log-probs", difference)
     assert difference < 0.03
+    assert (deepspeed["logprobs 2"] - deepspeed["logprobs 0"]).abs().max() > 1  # two updates go this far
+
+
+def test_bfloat16_is_trained_through_float32_masters(
+    tiny_model: Path, renderer: Renderer, rows: Rows, measured: Measured
+) -> None:
+    """Steps far below bfloat16's resolution add up, as they do in torch."""
+    from rl.deepspeed_backend import DeepSpeedBackend
+
+    config, optimizer = Model(path=str(tiny_model), dtype="bfloat16"), Optimizer(learning_rate=1e-5)
+
+    def head_after(num_updates: int, make: Callable[[Policy], Backend]) -> Tensor:
+        backend = make(Policy(config.load(), config, renderer.placeholder_token_ids))
+        for _ in range(num_updates):
+            backend.backward(-backend.module(rows).mean(), last=True)
+            backend.step()
+        weight = dict(backend.full_weights())["lm_head.weight"].float().clone()
+        backend.close()
+        return weight
+
+    start = head_after(0, lambda policy: TorchBackend(policy, optimizer, 30))
+    expected = head_after(30, lambda policy: TorchBackend(policy, optimizer, 30))
+    trained = head_after(30, lambda policy: DeepSpeedBackend(policy, optimizer, 30, zero_stage=2))
+    difference = float((trained - expected).abs().mean())
+    measured("DeepSpeed against torch, bfloat16, mean over weights after 30 updates of 1e-5", difference)
+    assert difference < 1e-5
+    assert (expected - start).abs().mean() > 1e-4  # rounding after every step would leave most weights at the start
 
 
 def test_one_process_needs_no_launcher(policy: Policy, rows: Rows, tmp_path: Path) -> None:
