@@ -38,7 +38,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--dry-run", action="store_true", help="check config, data and placement only")
         if name == "train":
             command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    return parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)  # overrides may stand behind options too
+    if unknown := [argument for argument in rest if argument.startswith("-") or "=" not in argument]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         return run(options)
-    except (ValueError, TimeoutError) as error:  # what a user can mend: a message, not a traceback
+    except (ValueError, OSError) as error:  # what a user can mend (a time-out is an OSError too): no traceback
         print(f"equipoise: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

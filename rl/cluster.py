@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -123,7 +125,7 @@ def amount(bundles: Sequence[Mapping[str, float]]) -> str:
 def started(cluster: Cluster) -> Iterator[None]:
     """Inside, this process is connected to a Ray: its own, or the running one that the config or RAY_ADDRESS names."""
     own = cluster.address is None and "RAY_ADDRESS" not in os.environ
-    before = dict(os.environ)
+    before, on_sigterm = dict(os.environ), signal.getsignal(signal.SIGTERM)
     if own:  # only this run may talk to it; left alone, Ray would put a token into the home, which changes other clusters
         os.environ.setdefault("RAY_AUTH_TOKEN", TOKEN)
     try:
@@ -142,6 +144,8 @@ def started(cluster: Cluster) -> Iterator[None]:
             f"cluster.address is {cluster.address!r}, but no Ray answers there ({error}); "
             "start one with `ray start --head`, or leave the address out to use one of the run's own"
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process without freeing anything
     set_by_ray = [name for name, value in os.environ.items() if before.get(name) != value]
     share_tensors()
     try:

@@ -32,8 +32,8 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.module and node.level == 0, f"{path.relative_to(ROOT)}: relative import; write the whole name"
-            found.add(node.module.split(".")[0])
+            assert node.level == 0, f"{path.relative_to(ROOT)}: relative import; write the whole name"
+            found.add(str(node.module).split(".")[0])
     return found
 
 

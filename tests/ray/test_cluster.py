@@ -238,8 +238,8 @@ with on_ray(config, needs_reference=False) as (engine, learner):
     learner.save(Path("checkpoint"))
     print(ray.get_runtime_context().gcs_address, len(ray.nodes()), ray.available_resources()["CPU"])
 """
-    plan, placed = run(script, cwd=tmp_path, RAY_ADDRESS=running_ray).splitlines()
-    assert plan == "on Ray: need 1 CPU (1 engine) + 1 CPU (1 learner rank), have 4 CPU"
+    checked, reserved_for, placed = run(script, cwd=tmp_path, RAY_ADDRESS=running_ray).splitlines()
+    assert checked == reserved_for == "on Ray: need 1 CPU (1 engine) + 1 CPU (1 learner rank), have 4 CPU"
     assert placed.split() == [running_ray, "1", "2.0"]
     assert (tmp_path / "checkpoint").is_dir()  # a relative path is the driver's
     assert ray.cluster_resources()["CPU"] == 4

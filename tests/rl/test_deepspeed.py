@@ -88,9 +88,11 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor], only
 def test_deepspeed_takes_the_steps_torch_takes(
     trained: Trained, kind: str, zero: int, world_size: int, measured: Measured
 ) -> None:
-    difference = largest_difference(trained[1, f"{kind}-None"], trained[world_size, f"{kind}-{zero}"])
-    measured(f"DeepSpeed ZeRO {zero} against torch, {kind}, ranks: {world_size}, 3 updates", difference)
+    torch_backend, deepspeed = trained[1, f"{kind}-None"], trained[world_size, f"{kind}-{zero}"]
+    difference = largest_difference(torch_backend, deepspeed, only="weight")
+    measured(f"DeepSpeed ZeRO {zero} against torch, {kind}, ranks: {world_size}, weights after 3 updates", difference)
     assert difference < 1e-5
+    assert largest_difference(torch_backend, deepspeed) < 1e-5  # log-probs and metrics on the way too
 
 
 @pytest.mark.parametrize("kind", ["full", "frozen", "lora"])
@@ -119,9 +121,7 @@ def test_dropout_draws_differently_on_every_rank(trained: Trained, zero: int | N
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("zero", [0, 3])
-def test_bfloat16_takes_the_steps_torch_takes(
-    trained: Trained, zero: int, world_size: int, measured: Measured
-) -> None:
+def test_bfloat16_takes_the_steps_torch_takes(trained: Trained, zero: int, world_size: int, measured: Measured) -> None:
     """A unit of bfloat16 at a logit of 4 is 0.03; an update of a wrong size moves log-probs by 0.1."""
     torch_backend, deepspeed = trained[1, "bfloat16-None"], trained[world_size, f"bfloat16-{zero}"]
     difference = largest_difference(torch_backend, deepspeed, only="logprobs")
