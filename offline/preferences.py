@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from offline.journal import write_atomically
 from rollout.images import PixelLimits
-from rollout.prompts import PROMPT_KEYS, Report, Row, parse_prompt, read_rows
+from rollout.prompts import PROMPT_KEYS, Row, load_rows, parse_prompt
 from rollout.types import Prompt
 
 PREFERENCE_KEYS = PROMPT_KEYS | {"chosen", "rejected", "provenance"}
@@ -53,20 +54,8 @@ def load_preferences(
     Raises:
         ValueError: one report naming every bad row: file and line, field, what was given and expected, what to do.
     """
-    report = Report(path, on_bad_rows)
-    preferences: dict[str, Preference] = {}
-    for row in read_rows(path, PREFERENCE_KEYS):
-        preference = parse_preference(row, limits or PixelLimits())
-        if preference is not None and (other := preferences.get(preference.prompt.id)) is not None:
-            expected = f"an id of its own, {other.prompt.source} has it too"
-            row.note("id", preference.prompt.id, expected, "rename one")
-        if preference is not None and (reason := check(preference)) is not None:
-            row.problems.append(f"{row.source}: {reason}")
-        if preference is not None and not row.problems:
-            preferences[preference.prompt.id] = preference
-        report.add(row)
-    report.close()
-    return list(preferences.values())
+    parse = partial(parse_preference, limits=limits or PixelLimits())
+    return load_rows(path, PREFERENCE_KEYS, parse, check, on_bad_rows)
 
 
 def parse_preference(row: Row, limits: PixelLimits) -> Preference | None:

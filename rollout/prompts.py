@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -171,19 +172,34 @@ def load_prompts(
     Raises:
         ValueError: one report naming every bad row: file and line, field, what was given and expected, what to do.
     """
+    return load_rows(path, PROMPT_KEYS, partial(parse_prompt, limits=limits or PixelLimits()), check, on_bad_rows)
+
+
+def load_rows(
+    path: Path,
+    keys: frozenset[str],
+    parse: Callable[[Row], T | None],
+    check: Callable[[T], str | None],
+    on_bad_rows: Literal["refuse", "skip"],
+) -> list[T]:
+    """What `parse` makes of every row that has no problem and an `id` of its own; one report of the others."""
     report = Report(path, on_bad_rows)
-    prompts: dict[str, Prompt] = {}
-    for row in read_rows(path, PROMPT_KEYS):
-        prompt = parse_prompt(row, limits or PixelLimits())
-        if prompt is not None and prompt.id in prompts:
-            row.note("id", prompt.id, f"an id of its own, {prompts[prompt.id].source} has it too", "rename one")
-        if prompt is not None and (reason := check(prompt)) is not None:
-            row.problems.append(f"{row.source}: {reason}")
-        if prompt is not None and not row.problems:
-            prompts[prompt.id] = prompt
+    loaded: list[T] = []
+    sources: dict[str, str] = {}  # id -> file:line
+    for row in read_rows(path, keys):
+        parsed = parse(row)
+        if parsed is not None:
+            name = row.text("id")
+            if name in sources:
+                row.note("id", name, f"an id of its own, {sources[name]} has it too", "rename one")
+            if (reason := check(parsed)) is not None:
+                row.problems.append(f"{row.source}: {reason}")
+        if parsed is not None and not row.problems:
+            loaded.append(parsed)
+            sources[name] = row.source
         report.add(row)
     report.close()
-    return list(prompts.values())
+    return loaded
 
 
 def parse_prompt(row: Row, limits: PixelLimits) -> Prompt | None:
