@@ -126,9 +126,7 @@ def started(cluster: Cluster) -> Iterator[None]:
     """Inside, this process is connected to a Ray: its own, or the running one that the config or RAY_ADDRESS names."""
     own = cluster.address is None and "RAY_ADDRESS" not in os.environ
     before, on_sigterm = dict(os.environ), signal.getsignal(signal.SIGTERM)
-    if (
-        own
-    ):  # only this run may talk to it; left alone, Ray would put a token into the home, which changes other clusters
+    if own:  # only this run may talk to it; Ray would leave a token in the home, which changes other clusters
         os.environ.setdefault("RAY_AUTH_TOKEN", TOKEN)
     try:
         if cluster.address is not None:
