@@ -83,10 +83,10 @@ class Session:
             for step in range(self.first_step, steps):
                 metrics = take_step(step)
                 self.log.step(step, metrics | {f"seconds/{name}": s for name, s in self.clock.lap().items()})
-                done = step + 1
-                if stopping() or done == steps or (saves and done % saves == 0):
+                done, stop = step + 1, stopping()
+                if stop or done == steps or (saves and done % saves == 0):
                     self.checkpoint(done, base)
-                if stopping() and done < steps:
+                if stop and done < steps:
                     self.log.say(f"stopped after step {done}; continue with --resume")
                     return Summary(base=base, final={}, seconds=self.clock.total, stopped_at=done)
                 if evaluations and done % evaluations == 0 and done < steps:
