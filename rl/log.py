@@ -102,7 +102,12 @@ class RunLog:
             "tensorboard": lambda: TensorBoard(folder),
             "wandb": lambda: WandB(folder, config),
         }
-        self.trackers = [makers[name]() for name in trackers]
+        try:
+            self.trackers = [makers[name]() for name in trackers]
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"trackers needs {error.name}, which is not installed: pip install equipoise[track]"
+            ) from None
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),

@@ -98,9 +98,11 @@ def test_mbpo_resumes_bit_for_bit(mbpo: MBPOConfig) -> None:
 
 
 def test_a_run_writes_what_it_promises(mbpo: MBPOConfig) -> None:
-    summary = hybrid.train(replace(mbpo, offline=replace(mbpo.offline, loss=DPO(), weight=0.5)))
+    config = replace(mbpo, offline=replace(mbpo.offline, loss=DPO(), weight=0.5), trackers=("tensorboard",))
+    summary = hybrid.train(config)
     written = {path.name for path in mbpo.folder.iterdir()}
     assert {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "summary.json"} <= written
+    assert list((mbpo.folder / "tensorboard").glob("events.out.tfevents.*"))
     assert summary.final["held_out"].n == 6
     first = metrics_of(mbpo.folder)[0]
     assert {
