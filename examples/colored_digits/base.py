@@ -66,7 +66,7 @@ UNSEEN: tuple[Ask, ...] = (typical, typical, which_color, which_digit) * 2
 
 
 def train(seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
-    """The base model in float32 and its processor, after about five minutes on one core."""
+    """The base model in float32 and its processor, after two minutes on two cores."""
     rng = random.Random(seed)
     digits = load_digits("training")
     model, processor = build(seed=seed)
