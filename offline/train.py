@@ -26,7 +26,7 @@ class Run:
     clock: Clock
 
 
-def train_step(run: Run, step: int) -> Metrics:
+def train_step(run: Run) -> Metrics:
     """Preferences in, one weight update out."""
     preferences = run.preferences.next()  # [P]
     with run.clock("learn"):
@@ -49,4 +49,4 @@ def train(config: PreferenceConfig, *, resume: bool = False) -> Summary:
         resume=resume,
     ) as s:
         run = Run(config=config, preferences=cursor, renderer=renderer, learner=s.learner, clock=s.clock)
-        return s.run(lambda step: train_step(run, step))
+        return s.run(lambda step: train_step(run))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,6 +78,25 @@ def rows(prompts: list[Prompt], renderer: Renderer) -> Rows:
         vision=tuple(context.vision for context in contexts),
         branch_ids=tuple(branches),
     )
+
+
+@pytest.fixture
+def data(tmp_path: Path, prompts: list[Prompt]) -> Path:
+    """Prompts and pairs about the shared pictures, in one folder."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = []
+    for prompt in prompts:
+        row: dict[str, object] = {"id": prompt.id, "question": prompt.messages[-1].text}
+        if prompt.images:
+            shutil.copy(prompt.images[0].path, folder)
+            row["image"] = prompt.images[0].path.name
+        rows.append(row)
+    pairs = [{**row, "chosen": "red", "rejected": "blue"} for row in rows]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    closed = [{**row, "kind": "exact", "answer": "red"} for row in rows]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in closed))
+    return folder
 
 
 MEASURED = pytest.StashKey[list[str]]()

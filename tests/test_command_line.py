@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-from rollout.types import Prompt
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,18 +28,10 @@ evaluation: {{suites: {{held_out: {folder}/prompts.jsonl}}, max_tokens: 3}}
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_model: Path, prompts: list[Prompt]) -> Path:
-    """An offline run of three steps on two pictures."""
-    rows = []
-    for prompt in prompts[:2]:
-        shutil.copy(prompt.images[0].path, tmp_path)
-        rows.append({"id": prompt.id, "question": "what color?", "image": prompt.images[0].path.name})
-    pairs = "".join(json.dumps(row | {"chosen": "red", "rejected": "blue"}) + "\n" for row in rows)
-    (tmp_path / "pairs.jsonl").write_text(pairs)
-    closed = "".join(json.dumps(row | {"kind": "exact", "answer": "red"}) + "\n" for row in rows)
-    (tmp_path / "prompts.jsonl").write_text(closed)
-    path = tmp_path / "dpo.yaml"
-    path.write_text(TRAIN.format(model=tiny_model, folder=tmp_path))
+def config(data: Path, tiny_model: Path) -> Path:
+    """An offline run of three steps."""
+    path = data / "dpo.yaml"
+    path.write_text(TRAIN.format(model=tiny_model, folder=data))
     return path
 
 
@@ -61,8 +50,8 @@ def test_dry_run_reads_everything_and_starts_nothing(config: Path) -> None:
     done = equipoise("train", config, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "learning_rate: 1.0e-06" in done.stdout  # the whole config, defaults included
-    assert "pairs.jsonl: 2 pairs, 2 a step" in done.stdout
-    assert "prompts.jsonl: 2 prompts to evaluate held_out" in done.stdout
+    assert "pairs.jsonl: 6 pairs, 2 a step" in done.stdout
+    assert "prompts.jsonl: 6 prompts to evaluate held_out" in done.stdout
     assert not (config.parent / "runs").exists()
 
 
@@ -90,7 +79,7 @@ def test_offline_training_imports_neither_ray_nor_vllm(config: Path) -> None:
     )
     assert "exit 0 loaded []" in done.stdout
     summary = json.loads((config.parent / "runs/dpo/summary.json").read_text())
-    assert summary["final"]["held_out"]["n"] == 2
+    assert summary["final"]["held_out"]["n"] == 6
 
 
 @pytest.mark.slow

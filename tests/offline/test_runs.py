@@ -23,28 +23,8 @@ from rl.losses.grpo import GRPO
 from rl.optimizer import Optimizer
 from rl.policy import Model
 from rl.selection import Rules
-from rollout.types import Prompt
 
 LEARNER = LearnerConfig(optimizer=Optimizer(learning_rate=1e-3, warmup_steps=2, schedule="cosine"))
-
-
-@pytest.fixture
-def data(tmp_path: Path, prompts: list[Prompt]) -> Path:
-    """Prompts and pairs about the shared pictures, in one folder."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = []
-    for prompt in prompts:
-        row: dict[str, object] = {"id": prompt.id, "question": prompt.messages[-1].text}
-        if prompt.images:
-            shutil.copy(prompt.images[0].path, folder)
-            row["image"] = prompt.images[0].path.name
-        rows.append(row)
-    pairs = [{**row, "chosen": "red", "rejected": "blue"} for row in rows]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    closed = [{**row, "kind": "exact", "answer": "red"} for row in rows]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in closed))
-    return folder
 
 
 @pytest.fixture

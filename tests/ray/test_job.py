@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,8 +18,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from rollout.types import Prompt
 
 pytestmark = pytest.mark.slow
 
@@ -58,19 +55,11 @@ cluster: {{}}
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_model: Path, prompts: list[Prompt]) -> Path:
-    """A comparison of two runs of two steps, on two pictures."""
-    rows = []
-    for prompt in prompts[:2]:
-        shutil.copy(prompt.images[0].path, tmp_path)
-        rows.append({"id": prompt.id, "question": "what color?", "image": prompt.images[0].path.name})
-    pairs = [row | {"chosen": "red", "rejected": "blue"} for row in rows]
-    closed = [row | {"kind": "exact", "answer": "red"} for row in rows]
-    for name, lines in (("pairs", pairs), ("prompts", closed)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def config(data: Path, tiny_model: Path) -> Path:
+    """A comparison of two runs of two steps."""
     for name, text in (("rl", RL + MEMBER), ("preference", PREFERENCE + MEMBER), ("compare", COMPARE)):
-        (tmp_path / f"{name}.yaml").write_text(text.format(model=tiny_model, folder=tmp_path))
-    return tmp_path / "compare.yaml"
+        (data / f"{name}.yaml").write_text(text.format(model=tiny_model, folder=data))
+    return data / "compare.yaml"
 
 
 def free_ports(number: int) -> list[int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
 from examples.colored_digits.model import build
@@ -16,6 +17,7 @@ from rollout.render import Renderer
 from rollout.types import Group, Prompt, Sampling
 
 Measured = Callable[[str, float], None]
+LogitsUnder = Callable[[Qwen, Group, Sequence[int]], Tensor]
 
 
 @pytest.fixture
@@ -28,27 +30,22 @@ def model(tiny_model: Path) -> Qwen:
     return Qwen.from_pretrained(tiny_model)
 
 
-def distributions(model: Qwen, renderer: Renderer, group: Group, index: int) -> torch.Tensor:
-    """Logits of one teacher-forced forward over one answer, placeholders banned: [L, V]."""
-    context, sample = renderer.render(group.prompt), group.samples[index]
-    token_ids = torch.tensor([[*context.token_ids, *sample.token_ids]])
-    types = torch.tensor([renderer.media_types(token_ids[0].tolist())])
-    with torch.no_grad():
-        logits = model(input_ids=token_ids, mm_token_type_ids=types, **context.vision).logits[0]
-    logits[:, sorted(renderer.placeholder_token_ids)] = -torch.inf
-    return logits[len(context.token_ids) - 1 : -1]
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 5.0])
 def test_logprobs_are_those_of_a_forward_over_the_same_tokens(
-    engine: HFEngine, model: Qwen, renderer: Renderer, prompts: list[Prompt], temperature: float, measured: Measured
+    engine: HFEngine,
+    model: Qwen,
+    renderer: Renderer,
+    prompts: list[Prompt],
+    temperature: float,
+    logits_under: LogitsUnder,
+    measured: Measured,
 ) -> None:
     sampling = Sampling(num_samples=3, temperature=temperature, max_tokens=12, seed=5)
     gap = 0.0
     for group in engine.generate(prompts, sampling):
         assert group.prompt_ids == renderer.render(group.prompt).token_ids
-        for index, sample in enumerate(group.samples):
-            logits = distributions(model, renderer, group, index)
+        for sample in group.samples:
+            logits = logits_under(model, group, sample.token_ids)
             expected = (logits / (temperature or 1.0)).log_softmax(-1)
             chosen = expected.gather(-1, torch.tensor(sample.token_ids)[:, None]).squeeze(-1)
             gap = max(gap, (torch.tensor(sample.logprobs) - chosen).abs().max().item())
@@ -59,10 +56,10 @@ def test_logprobs_are_those_of_a_forward_over_the_same_tokens(
 
 
 def test_top_p_draws_from_the_head_and_reports_its_distribution(
-    engine: HFEngine, model: Qwen, renderer: Renderer, prompts: list[Prompt]
+    engine: HFEngine, model: Qwen, prompts: list[Prompt], logits_under: LogitsUnder
 ) -> None:
     (group,) = engine.generate(prompts[:1], Sampling(num_samples=64, max_tokens=1, top_p=0.3))
-    ordered, token_ids = distributions(model, renderer, group, 0)[0].softmax(-1).sort(descending=True)
+    ordered, token_ids = logits_under(model, group, (0,))[0].softmax(-1).sort(descending=True)
     head = int((ordered.cumsum(0) < 0.3).sum()) + 1  # the smallest set of at least that probability
     expected = dict(zip(token_ids[:head].tolist(), (ordered[:head] / ordered[:head].sum()).log().tolist(), strict=True))
     assert len(expected) < 200

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from rollout.types import Engine, Group, Message, Prompt, Sampling
 pytestmark = pytest.mark.slow
 
 Measured = Callable[[str, float], None]
+LogitsUnder = Callable[[Qwen, Group, Sequence[int]], Tensor]
+LargestGap = Callable[..., float]
 
 
 @pytest.fixture(scope="module")
@@ -60,26 +62,20 @@ def weights(model: Qwen, engine: Engine) -> Iterator[dict[str, Tensor]]:
     engine.load_weights(original.items(), version=0)
 
 
-def logits_under(model: Qwen, renderer: Renderer, group: Group, answer: tuple[int, ...]) -> Tensor:
-    """Logits of one teacher-forced forward over `answer`, placeholders banned: [L, V]."""
-    token_ids = torch.tensor([[*group.prompt_ids, *answer]])
-    types = torch.tensor([renderer.media_types(token_ids[0].tolist())])
-    vision = renderer.render(group.prompt).vision
-    with torch.no_grad():
-        logits = model(input_ids=token_ids, mm_token_type_ids=types, **vision).logits[0]
-    logits[:, sorted(renderer.placeholder_token_ids)] = -torch.inf
-    return logits[len(group.prompt_ids) - 1 : -1]
+@pytest.fixture
+def largest_gap(logits_under: LogitsUnder) -> LargestGap:
+    """Between the engine's log-probs and those a model gives the same tokens."""
 
+    def measure(model: Qwen, groups: list[Group], temperature: float = 1.0) -> float:
+        gap = 0.0
+        for group in groups:
+            for sample in group.samples:
+                logprobs = (logits_under(model, group, sample.token_ids) / temperature).log_softmax(-1)  # [L, V]
+                chosen = logprobs.gather(-1, torch.tensor(sample.token_ids)[:, None]).squeeze(-1)  # [L]
+                gap = max(gap, (chosen - torch.tensor(sample.logprobs)).abs().max().item())
+        return gap
 
-def largest_gap(model: Qwen, renderer: Renderer, groups: list[Group], temperature: float = 1.0) -> float:
-    """Between the engine's log-probs and those `model` gives the same tokens."""
-    gap = 0.0
-    for group in groups:
-        for sample in group.samples:
-            logprobs = (logits_under(model, renderer, group, sample.token_ids) / temperature).log_softmax(-1)  # [L, V]
-            chosen = logprobs.gather(-1, torch.tensor(sample.token_ids)[:, None]).squeeze(-1)  # [L]
-            gap = max(gap, (chosen - torch.tensor(sample.logprobs)).abs().max().item())
-    return gap
+    return measure
 
 
 def test_the_engine_reads_the_tokens_the_renderer_wrote(
@@ -94,10 +90,15 @@ def test_the_engine_reads_the_tokens_the_renderer_wrote(
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.0])
 def test_logprobs_are_those_of_transformers(
-    engine: Engine, model: Qwen, renderer: Renderer, prompts: list[Prompt], temperature: float, measured: Measured
+    engine: Engine,
+    model: Qwen,
+    prompts: list[Prompt],
+    temperature: float,
+    measured: Measured,
+    largest_gap: LargestGap,
 ) -> None:
     groups = engine.generate(prompts, Sampling(num_samples=4, max_tokens=16, temperature=temperature))
-    gap = largest_gap(model, renderer, groups, temperature or 1.0)
+    gap = largest_gap(model, groups, temperature or 1.0)
     measured(f"vLLM against transformers: log-probs at temperature {temperature}", gap)
     assert gap < 1e-4
 
@@ -118,10 +119,10 @@ def test_logprobs_are_those_of_the_learner(
 
 
 def test_top_p_draws_from_the_head_and_reports_its_distribution(
-    engine: Engine, model: Qwen, renderer: Renderer, prompts: list[Prompt]
+    engine: Engine, model: Qwen, prompts: list[Prompt], logits_under: LogitsUnder
 ) -> None:
     (group,) = engine.generate(prompts[:1], Sampling(num_samples=64, max_tokens=1, top_p=0.3))
-    ordered, token_ids = logits_under(model, renderer, group, (0,))[0].softmax(-1).sort(descending=True)
+    ordered, token_ids = logits_under(model, group, (0,))[0].softmax(-1).sort(descending=True)
     head = int((ordered.cumsum(0) < 0.3).sum()) + 1  # the smallest set of at least that probability
     expected = dict(zip(token_ids[:head].tolist(), (ordered[:head] / ordered[:head].sum()).log().tolist(), strict=True))
     assert len(expected) < 200
@@ -137,6 +138,7 @@ def test_placeholders_are_never_drawn_nor_counted(
     prompts: list[Prompt],
     weights: dict[str, Tensor],
     measured: Measured,
+    largest_gap: LargestGap,
 ) -> None:
     banned = sorted(renderer.placeholder_token_ids)
     tempting = weights["lm_head.weight"].clone()
@@ -151,7 +153,7 @@ def test_placeholders_are_never_drawn_nor_counted(
     # Far more than the 4096 tokens vLLM handles in one step, so that prompts are spread over several.
     assert sum(len(group.prompt_ids) for group in groups) * 128 > 3 * 4096
     # Banned tokens do not reach the distribution, so what they would have been does not matter to the log-probs.
-    gap = largest_gap(model, renderer, groups[:1], temperature=2.0)
+    gap = largest_gap(model, groups[:1], temperature=2.0)
     measured("vLLM against transformers: log-probs beside tempting placeholders", gap)
     assert gap < 1e-4
 
@@ -176,11 +178,11 @@ def test_a_prompt_that_leaves_no_room_is_refused(engine: Engine, prompts: list[P
 def test_loaded_weights_take_effect_everywhere(
     engine: Engine,
     tiny_model: Path,
-    renderer: Renderer,
     prompts: list[Prompt],
     weights: dict[str, Tensor],
     part: str,
     measured: Measured,
+    largest_gap: LargestGap,
 ) -> None:
     greedy = Sampling(max_tokens=8, temperature=0.0)
     # One prompt is longer than the blocks of 128 tokens whose keys and values vLLM keeps between calls.
@@ -201,7 +203,7 @@ def test_loaded_weights_take_effect_everywhere(
     reference = Qwen.from_pretrained(tiny_model)
     for name, target in saved_weights(reference).items():
         target.copy_(changed[name])
-    gap = largest_gap(reference, renderer, after)
+    gap = largest_gap(reference, after)
     measured(f"vLLM against transformers: log-probs after loading {part}", gap)
     assert gap < 1e-4
 
